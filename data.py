@@ -1,0 +1,571 @@
+"""Data of Curr-ReFT: annotation files -> checked examples -> three forms of question -> token ids and image patches.
+
+One annotation gives three questions of rising difficulty (paper, section 3.1); `derive` writes the first two:
+
+    binary   Where is the cup? Is [28, 14, 84, 70] the right box?   <answer>yes</answer>
+    choice   Where is the cup? Which of these is right? A. [0, ..   <answer>C</answer>
+    open     Where is the cup?                                      <answer>{"bbox_2d": [28, 14, 84, 70]}</answer>
+
+Two pixel spaces: annotations are in pixels of the original image; Qwen2.5-VL speaks pixels of the image as its
+processor resized it, sides multiples of 28. `resize_box` converts, once, at load: then all boxes are in model pixels.
+Departure from the released code: a row that cannot be used is an error with file and line, not silently another row.
+
+Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; 4 patches, 1 image token.
+"""
+import hashlib
+import json
+import os
+import random
+import re
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+FORMS = ("binary", "choice", "open")
+TASKS = ("detection", "classify", "math", "general")    # general: self-improvement questions, never in an RL stage
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens
+MAX_SIDE, MAX_ASPECT = 16_384, 200                      # of an original image; the resizer raises beyond the latter
+VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+              "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
+BOX = re.compile(r"\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]".format(n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d)?)"))
+NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # whole part, decimals: 1,200 or 0.50
+RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")     # <|im_end|>, <|image_pad|>, ..; half a character
+
+
+class UserError(Exception):
+    """A mistake in data, files or flags. `str(error)` is what the user reads: what is wrong and what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question with its ground truth. Every box in `problem` and `solution` is in model pixels."""
+    problem: str                                        # the question, without the format instruction
+    solution: str                                       # truth: "..<answer>yes</answer>", or the bare answer
+    task: str = "math"                                  # one of TASKS
+    form: str = "open"                                  # one of FORMS
+    images: tuple[str, ...] = ()                        # image files, in order
+    size: tuple[int, int] | None = None                 # (width, height) of images[0] in model pixels
+    where: str = ""                                     # "file:line"
+    split: str = ""                                     # stem of its file: the name of a test split
+    history: tuple[tuple[str, str], ...] = ()           # (role, text) of the turns before `problem`, chat rows only
+
+
+# ---- Prompts: what the model is shown ----
+
+def instruction(example: Example) -> str:
+    """The format instruction after the problem: think, answer, and the rule of the example's form."""
+    rules = {"binary": " Answer exactly yes or no.",
+             "choice": " Answer with only the letter, or all right letters if several options are right.",
+             "detection": ' Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
+             "classify": " Answer with the labels, separated by commas."}
+    rule = rules.get(example.task if example.form == "open" else example.form, "")
+    return "First think inside <think> </think>, then give the final answer inside <answer> </answer>." + rule
+
+
+def prompt_messages(example: Example) -> list[dict]:
+    """Chat messages for the checkpoint's template: one user turn of images, problem, newline, instruction.
+
+    Chat rows have their earlier turns before it. Where a text says `<image>`, the images stand there, not first.
+    """
+    turns = [*example.history, ("user", f"{example.problem}\n{instruction(example)}")]
+    if not any("<image>" in text for _, text in turns):
+        first = [role for role, _ in turns].index("user")
+        turns[first] = ("user", "<image>" * len(example.images) + turns[first][1])
+    return [{"role": role, "content": [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
+                                       for piece in re.split("(<image>)", text) if piece]} for role, text in turns]
+
+
+@dataclass
+class Prompt:
+    """What the model is given before it speaks. Patches have no batch axis: all images', one after the other."""
+    input_ids: torch.Tensor                             # (P,) int64, image tokens expanded
+    pixel_values: torch.Tensor | None                   # (patches, 1176) float32
+    image_grid_thw: torch.Tensor | None                 # (images, 3) int64: frames, rows, columns of patches
+
+
+class Processor:
+    """Tokenizer and image processor of a Qwen2.5-VL checkpoint (transformers' AutoProcessor needs torchvision)."""
+    SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+    def __init__(self, tokenizer, image_processor):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        ids = tokenizer.convert_tokens_to_ids(list(self.SPECIAL))
+        self.end_ids = tuple(ids[:2])                   # a completion ends at the first of either
+        self.pad_id = ids[1]                            # also an end token, so masks go by position, never by pad_id
+        self.image_token_id, self.vision_ids = ids[2], ids[2:]
+
+    @classmethod
+    def from_pretrained(cls, path, max_pixels: int = MAX_PIXELS) -> "Processor":
+        """Read a directory or hub name. UserError if it is no Qwen2.5-VL checkpoint or lacks a part."""
+        if max_pixels < MIN_PIXELS:
+            raise UserError(f"max_pixels is {max_pixels}, but an image takes at least {MIN_PIXELS}.")
+        try:
+            model_type = AutoConfig.from_pretrained(path).model_type
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        except Exception as error:                      # not narrower: a broken tokenizer.json raises Exception itself
+            raise UserError(f"{path} is no complete Qwen2.5-VL checkpoint: {str(error).split(chr(10))[0]}") from error
+        missing = [token for token in cls.SPECIAL if token not in tokenizer.get_vocab()]
+        missing += [] if tokenizer.chat_template else ["a chat template"]
+        if model_type != "qwen2_5_vl" or missing:
+            raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its model type is {model_type}, and its tokenizer "
+                            f"lacks {', '.join(missing) or 'nothing'}.")
+        # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
+        image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
+        return cls(tokenizer, image_processor)
+
+    def save_pretrained(self, path) -> None:
+        """Write tokenizer, chat template and preprocessor_config.json, as plain transformers reads them."""
+        self.tokenizer.save_pretrained(path)
+        self.image_processor.save_pretrained(path)
+
+    def forbidden_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Ids that no completion may hold: vision tokens (the next forward would raise) and ids without a token."""
+        return (*sorted(self.vision_ids), *range(len(self.tokenizer), vocab_size))
+
+    def __call__(self, example: Example) -> Prompt:
+        """Tokens and patches. An image of 84 x 56 model pixels: grid (1, 4, 6), 24 patches, 24 // 4 image tokens."""
+        ids = self._unexpanded(example)
+        if not example.images:
+            return Prompt(torch.tensor(ids), None, None)
+        vision = self.image_processor([load_image(path) for path in example.images], return_tensors="pt")
+        _, rows, columns = vision["image_grid_thw"][0].tolist()
+        if example.size not in (None, (14 * columns, 14 * rows)):
+            raise UserError(f"{example.where}: boxes were read for another max_pixels than this processor's.")
+        copies = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
+        ids = [i for token in ids for i in [token] * (next(copies) if token == self.image_token_id else 1)]
+        return Prompt(torch.tensor(ids), vision["pixel_values"].float(), vision["image_grid_thw"])
+
+    def _unexpanded(self, example: Example) -> list[int]:
+        """Prompt tokens with one token for each image."""
+        messages = prompt_messages(example)
+        check_text("".join(part.get("text", "") for turn in messages for part in turn["content"]))
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if (places := ids.count(self.image_token_id)) != len(example.images):
+            raise UserError(f"{example.where}: the prompt has {places} places for {len(example.images)} images.")
+        return ids
+
+    def prompt_length(self, example: Example) -> int:
+        """Tokens of the prompt, image tokens included, read off the images' headers alone."""
+        length = len(self._unexpanded(example))
+        for path in example.images:
+            with Image.open(path) as image:
+                width, height = model_size(image.size, self.image_processor.size["longest_edge"])
+            length += width * height // 784 - 1
+        return length
+
+    def response_ids(self, text: str) -> list[int]:
+        """Tokens of a response, <|im_end|> last. Special tokens spelled out in `text` stay ordinary text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, self.end_ids[0]]
+
+    def decode(self, ids) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_text(text: str) -> None:
+    """UserError if a text spells a special token, which would forge turns or images, or is not Unicode."""
+    if found := RESERVED.search(text):
+        raise UserError(f"the text holds {found[0]!r}, which the chat format cannot carry; remove it.")
+
+
+# ---- Images and boxes ----
+
+def load_image(path) -> Image.Image:
+    """The image as RGB, upright by its EXIF tag, transparency laid on white."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def inspect_image(path) -> tuple[int, int]:
+    """(width, height) of an image as `load_image` gives it; UserError if the model could not be shown it."""
+    try:
+        with Image.open(path) as image:                 # reads no pixel yet
+            (width, height), frames = image.size, getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":    # MPO: a camera's photo and its thumbnail
+                raise UserError(f"image {path} has {frames} frames; save the one that is meant.")
+            if image.mode[0] in "IF":
+                raise UserError(f"image {path} has more than 8 bits a channel; save it with 8.")
+            if min(width, height) < 2 or max(width, height) >= MAX_ASPECT * min(width, height):
+                raise UserError(f"image {path} is {width} x {height}, too small or too thin; crop it or drop the row.")
+            if max(width, height) > MAX_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
+                raise UserError(f"image {path} is {width} x {height}, too large; scale it and its boxes down.")
+        return load_image(path).size
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be decoded ({error}); replace it or drop the row.") from error
+
+
+def model_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) that an image of `size` is resized to, multiples of 28: (640, 480) -> (644, 476)."""
+    height, width = smart_resize(size[1], size[0], factor=28, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+    return width, height
+
+
+def resize_box(box, original: tuple[int, int], resized: tuple[int, int]) -> list[int]:
+    """A box (x1, y1, x2, y2) of the `original` (width, height) in whole pixels of the `resized` image, never empty.
+
+    [10, 20, 30, 40] of 100 x 100, resized to 112 x 84 -> [11, 17, 34, 34]
+    """
+    sx, sy = resized[0] / original[0], resized[1] / original[1]
+    x1, y1, x2, y2 = round(box[0] * sx), round(box[1] * sy), round(box[2] * sx), round(box[3] * sy)
+    return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
+
+
+def resize_boxes_in(text: str, original: tuple[int, int], resized: tuple[int, int]) -> str:
+    """`text` with `resize_box` applied to every four-number list in it."""
+    return BOX.sub(lambda match: str(resize_box([float(n) for n in match.groups()], original, resized)), text)
+
+
+def iou(a, b) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+# ---- Ground truth ----
+
+def answer_of(solution: str) -> str:
+    """The answer in a ground truth: inside its only <answer> block, or all of a bare solution."""
+    found = re.findall("<answer>(.*?)</answer>", solution, re.DOTALL)
+    if len(found) > 1 or not found and re.search("<answer>|<think", solution):
+        raise UserError("the solution needs exactly one closed <answer>..</answer>.")
+    if not (answer := (found or [solution])[0].strip()):
+        raise UserError("the answer in the solution is empty.")
+    return answer
+
+
+def truth_boxes(solution: str) -> list[list[float]]:
+    """Boxes of a detection truth, [] for "no objects". JSON: {"bbox_2d": [..]}, a bare box, or a list of either."""
+    answer = answer_of(solution)
+    if re.fullmatch(r"(there (is|are) )?(none|no (objects?|box|boxes))[ .]*", answer.lower()):
+        return []
+    try:
+        value = json.loads(re.sub(r"^```(json)?|```$", "", answer))
+    except (ValueError, RecursionError):
+        raise UserError(f'the truth {answer[:80]!r} is neither JSON boxes nor "no objects".') from None
+    several = isinstance(value, list) and all(isinstance(item, (dict, list)) for item in value)
+    boxes = [item.get("bbox_2d") if isinstance(item, dict) else item for item in (value if several else [value])]
+    for box in boxes:
+        if not (isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) and abs(n) < 1e6 for n in box)
+                and box[0] < box[2] and box[1] < box[3]):
+            raise UserError(f"{box} is not a box: four finite numbers, two corners, x1 < x2 and y1 < y2.")
+    return boxes
+
+
+def labels_of(solution: str) -> list[str]:
+    """Labels of a classification truth: "[cat, 'traffic light']" -> ["cat", "traffic light"]."""
+    return [label for part in answer_of(solution).split(",") if (label := part.strip(" \t\r\n[](){}'\".;"))]
+
+
+def letters_of(text: str) -> list[str]:
+    """The pieces of a choice answer, in capitals: "(a) and C" -> ["A", "C"]; "cat" -> ["CAT"], which is no letter."""
+    return [piece for piece in re.split(r"[\s,;:/&.()\[\]]+", text.upper()) if piece not in ("", "AND")]
+
+
+def offered_letters(problem: str) -> set[str]:
+    """Letters of the options that a problem lists: A, B, C and on, as far as each stands alone in it."""
+    alone, letters = set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", problem)), set()
+    while (letter := chr(ord("A") + len(letters))) in alone:
+        letters.add(letter)
+    return letters
+
+
+def check_truth(example: Example, original: tuple[int, int] | None) -> None:
+    """UserError unless a reward can read the truth; `original`: (width, height) of the image that boxes refer to."""
+    kind = example.task if example.form == "open" else example.form
+    if example.task == "detection" and original is None:
+        raise UserError("a detection row needs an image.")
+    answer = answer_of(example.solution) if kind != "general" else ""
+    if kind == "binary" and not re.fullmatch(r"(yes|true|correct|no|false|incorrect)[ .!]*", answer.lower()):
+        raise UserError(f"the truth {answer[:80]!r} of a binary row is neither yes nor no.")
+    if kind == "choice" and not set(letters_of(answer) or "?") <= offered_letters(example.problem):
+        raise UserError(f"the truth {answer[:80]!r} of a choice row is not letters of options in the problem.")
+    if kind == "classify" and not labels_of(example.solution):
+        raise UserError(f"the truth {answer[:80]!r} holds no label.")
+    for box in truth_boxes(example.solution) if kind == "detection" else ():
+        if min(box) < -1 or box[2] > original[0] + 1 or box[3] > original[1] + 1:       # a pixel of rounding is fine
+            raise UserError(f"the box {box} leaves the image of {original[0]} x {original[1]} pixels.")
+
+
+# ---- Reading files ----
+
+def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX_PIXELS, skip_bad_rows=False,
+                  allow_outside=False) -> list[Example]:
+    """Examples of a released or chat file, JSONL or one JSON list, or of all files in a folder but `*_test` ones.
+
+    `form`: by default what the row or else the file name says. `task`: of rows that name none. `image_root`: where
+    image paths start, by default the folder that `path` is in. UserError lists every bad row, "file:line: its fault";
+    `skip_bad_rows` drops them and says on stderr how many.
+    """
+    root, inspect = Path(image_root or Path(path).parent), lru_cache(None)(inspect_image)
+    examples, faults = [], []
+    with ThreadPoolExecutor(8) as pool:                 # decoding an image releases the interpreter lock
+        rows = [(where, pool.submit(_example, line, where, root, form, task, max_pixels, allow_outside, inspect))
+                for where, line in _lines(path)]
+    for where, row in rows:
+        try:
+            examples.append(row.result())
+        except UserError as error:
+            faults.append(f"{where}: {error}")
+    if not rows:
+        raise UserError(f"{path} holds no rows.")
+    if faults and not (skip_bad_rows and examples):
+        more = [f".. and {len(faults) - 20} more."] if len(faults) > 20 else []
+        raise UserError("\n".join([f"{path}: {len(faults)} of {len(rows)} rows cannot be used.", *faults[:20], *more,
+                                   "Correct these rows, or drop them with --skip_bad_rows."]))
+    if faults:
+        print(f"{path}: dropped {len(faults)} of {len(rows)} rows, the first {faults[0]}", file=sys.stderr)
+    return examples
+
+
+def _json_files(folder, name: str = "**/*") -> list[Path]:
+    """The .jsonl and .json files of a folder whose names without ending match, sorted."""
+    return sorted(file for ending in (".jsonl", ".json") for file in Path(folder).glob(name + ending))
+
+
+def _lines(path) -> list[tuple[str, object]]:
+    """("file:line", text) for JSONL, ("file:number", object) for a JSON list; for a folder, all files but `*_test`."""
+    path, found = Path(path), []
+    for file in [file for file in _json_files(path) if not file.stem.endswith("_test")] if path.is_dir() else [path]:
+        try:
+            text = file.read_text("utf-8-sig")
+            listed = file.suffix == ".json" and text.lstrip().startswith("[")
+            lines = json.loads(text) if listed else text.split("\n")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
+        found += [(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
+    return found
+
+
+def _example(line, where: str, root: Path, form, task, max_pixels: int, allow_outside: bool, inspect) -> Example:
+    """The checked example of one line (or object of a JSON list), its boxes converted; UserError says its fault."""
+    try:
+        row = json.loads(line) if isinstance(line, str) else line
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"broken JSON ({error}).") from None
+    if not isinstance(row, dict):
+        raise UserError("the row is not a JSON object {..}.")
+    split = Path(where.rpartition(":")[0]).stem
+    if "messages" in row:
+        *history, (_, problem), (_, solution) = _turns(row["messages"])
+        form, task = "open", "general"
+    else:
+        history, problem, solution = [], _text(row, "problem"), _text(row, "solution")
+        form, task = form or row.get("form") or form_of(split), row.get("task") or task
+    if task not in TASKS:
+        raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it for rows without.')
+    if form not in FORMS:
+        raise UserError(f'its "form" is {form!r}, not one of {", ".join(FORMS)}.')
+    texts = [problem, *(text for _, text in history)]
+    check_text("".join([*texts, solution]))
+    names = row.get("images") or row.get("image") or []
+    images = [resolve_image(name, root, allow_outside) for name in (names if isinstance(names, list) else [names])]
+    if (found := sum(text.count("<image>") for text in texts)) not in (0, len(images)):
+        raise UserError(f"the text says <image> {found} times, but the row has {len(images)} images.")
+    if not history:                                     # images come first without being told
+        problem = re.sub(r"^(\s*<image>\s*){%d}" % len(images), "", problem)
+    original = [inspect(image) for image in images][0] if images else None
+    example = Example(problem=problem, solution=solution, task=task, form=form, images=tuple(images), where=where,
+                      size=original and model_size(original, max_pixels), split=split, history=tuple(history))
+    check_truth(example, original)
+    if task != "detection":
+        return example
+    problem, solution = (resize_boxes_in(text, original, example.size) for text in (problem, solution))
+    return replace(example, problem=problem, solution=solution)
+
+
+def _text(row: dict, name: str) -> str:
+    """A text field; a number or a list, which released solutions may be, as its JSON."""
+    value = row.get(name)
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    if not text.strip():
+        raise UserError(f'the row has no "{name}", or an empty one.')
+    return text.strip()
+
+
+def _turns(messages) -> list[tuple[str, str]]:
+    """(role, text) of each turn of a chat row, the reference answer last."""
+    try:
+        turns = [(turn["role"], turn["content"].strip()) for turn in messages]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError('"messages" must be a list of {"role": .., "content": text}.') from None
+    spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2) or not all(text for _, text in turns):
+        raise UserError("messages must alternate user and assistant, none empty, and end with the reference answer.")
+    return turns
+
+
+def resolve_image(name, root: Path, allow_outside: bool = False) -> str:
+    """The image's path under `root`. UserError if there is none, or if it is elsewhere and not `allow_outside`.
+
+    A path of another machine loses parts from the left until it exists: /home/they/coco/1.jpg -> root/coco/1.jpg
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{name!r} is not the path of an image.")
+    root = Path(os.path.abspath(root))
+    path = Path(os.path.normpath(root / name))          # an absolute name replaces the root
+    if os.path.isfile(path) and (allow_outside or path.is_relative_to(root)):
+        return str(path)
+    parts = Path(os.path.normpath(name)).parts
+    for start in range(1, len(parts)) if ".." not in parts else ():
+        if os.path.isfile(tail := root.joinpath(*parts[start:])):
+            return str(tail)
+    raise UserError(f"no image {name} under {root}; name its folder with --image_root" +
+                    (", or allow paths that leave it with --allow_outside." if os.path.isfile(path) else "."))
+
+
+# ---- Three forms of one annotation ----
+
+def derive(example: Example, form: str, pool=VOC_LABELS, seed: int = 0) -> Example:
+    """The binary or choice form of an open example (paper, section 3.1), the same for the same (seed, example, form).
+
+    Yes and no are equally likely, letters uniform. `pool`: labels from which absent ones are drawn. UserError where no
+    wrong answer can be made: a math truth in words, or a pool without absent labels.
+    """
+    if form == example.form:
+        return example
+    if example.form != "open" or form not in FORMS or example.task == "general":
+        raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
+    key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
+    rng = random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
+    right, wrong = _candidates(example, pool, rng)
+    if not wrong:
+        raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; give {form} a file of its own.")
+    problem, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
+    return replace(example, problem=problem, solution=f"<answer>{answer}</answer>", form=form)
+
+
+def _binary(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
+    """(question about one candidate, yes or no), by the toss of a coin."""
+    yes = rng.random() < 0.5
+    candidate = rng.choice(right if yes else wrong)
+    if example.task == "classify":
+        question = f"Is there {'an' if candidate[0] in 'aeiouAEIOU' else 'a'} {candidate}?"
+    elif example.task == "detection" and candidate.startswith("["):
+        question = f"{example.problem}\nIs {candidate} the right box?"
+    else:
+        question = f"{example.problem}\nIs the answer {candidate}?"
+    return question, "yes" if yes else "no"
+
+
+def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
+    """(question with four options, letters of the right ones): one, for classification one to three."""
+    if example.task == "math" and right[0] in offered_letters(example.problem):
+        return example.problem, right[0]                # its options are there already
+    several = example.task == "classify"
+    right = rng.sample(right, min(len(right), rng.randint(1, 3) if several else 1))
+    options = right + wrong[:4 - len(right)]
+    rng.shuffle(options)
+    question = "Which of these are there?" if several else f"{example.problem}\nWhich of these is right?"
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
+    return "\n".join([question, *lines]), ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
+
+
+def _candidates(example: Example, pool, rng) -> tuple[list[str], list[str]]:
+    """(right answers, up to three wrong ones) as texts: letters, if the problem lists options and the truth is one."""
+    answer = answer_of(example.solution)
+    if example.task == "detection":
+        boxes = truth_boxes(example.solution)
+        return [str(box) for box in boxes] or ["no objects"], [str(box) for box in _wrong_boxes(boxes, example, rng)]
+    if example.task == "classify":
+        right = list(dict.fromkeys(labels_of(example.solution)))
+        absent = sorted(label for label in set(pool) if label.lower() not in {known.lower() for known in right})
+        return right, rng.sample(absent, min(3, len(absent)))
+    letters, offered = letters_of(answer), offered_letters(example.problem)
+    if len(letters) == 1 < len(offered) and letters[0] in offered:
+        return letters, sorted(offered - set(letters))
+    return [answer], _wrong_numbers(answer, rng)
+
+
+def _wrong_numbers(answer: str, rng) -> list[str]:
+    """Three texts like `answer`, one number changed to a near one of as many decimals: "0.7" -> "0.9", "0.6", "0.5".
+
+    Drawn from a window around the truth, placed at random: or else the middle one of four would be the likely one.
+    """
+    numbers = list(NUMBER.finditer(answer))
+    if not numbers:
+        return {"yes": ["no"], "no": ["yes"]}.get(answer.lower(), [])
+    number = rng.choice(numbers)
+    whole, decimals = number[1], len(number[2] or "")
+    value = int(whole.replace(",", "") + (number[2] or ""))                 # in units of the last decimal
+    spread = min(1000, max(4, value // 5))
+    start = max(0 if answer.isdigit() else 1, value - rng.randint(0, spread))   # a zero might divide, or read "-0"
+    texts = []
+    for n in rng.sample(range(start, start + spread), 3):
+        high, low = divmod(n + (n >= value), 10**decimals)                  # never the truth itself
+        text = (f"{high:,}" if "," in whole else str(high)) + (f".{low:0{decimals}}" if decimals else "")
+        texts.append(answer[:number.start()] + text + answer[number.end():])
+    return texts
+
+
+def _wrong_boxes(boxes, example: Example, rng) -> list[list[int]]:
+    """Three boxes inside the image, of about a true box's size, that overlap each true one by IoU < 0.3."""
+    (width, height), wrong = example.size, []
+    for attempt in range(2000):
+        x1, y1, x2, y2 = rng.choice(boxes) if boxes else (0, 0, width / 3, height / 3)
+        scale = rng.uniform(0.7, 1.3) * 0.99**attempt   # shrinks: by a box as large as the image only small ones fit
+        w, h = (min(side, max(1, round(length * scale))) for side, length in ((width, x2 - x1), (height, y2 - y1)))
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        box = [x, y, x + w, y + h]
+        if box not in wrong and all(iou(box, true) < 0.3 for true in boxes):
+            wrong.append(box)
+        if len(wrong) == 3:
+            return wrong
+    raise UserError(f"{example.where}: the true boxes leave no room for wrong ones; drop the row.")
+
+
+# ---- Order and files ----
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
+    """Which of `n` examples are the global batch at `step` (from 0) of an endless stream of shuffled epochs.
+
+    A function of its arguments alone, so a resumed run needs no state. A batch may straddle two epochs.
+    """
+    return [_epoch(n, position // n, seed)[position % n] for position in range(step * batch, (step + 1) * batch)]
+
+
+@lru_cache(maxsize=4)
+def _epoch(n: int, epoch: int, seed: int) -> tuple[int, ...]:
+    """A permutation of range(n)."""
+    return tuple(random.Random(f"{seed}/{epoch}").sample(range(n), n))
+
+
+def form_of(name: str) -> str:
+    """The form that a file name or path speaks of: "judge_val" -> binary; open if of none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return "binary" if "binary" in words or "judge" in words else "choice" if "choice" in words else "open"
+
+
+def find_files(data_dir) -> dict:
+    """What a task directory holds: {"train": {form: path}, "test": {split: (form, path)}, "questions": path}.
+
+    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl file or a folder of them, and
+    test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or questions.jsonl. None where there is
+    none; UserError where there is nothing at all.
+    """
+    root, train, test = Path(data_dir), dict.fromkeys(FORMS), {}
+    for base in (root, root / "grpo_data"):             # the later and the more exact name wins
+        for name in ("judge", "binary", "choice", "open"):
+            found = [path for path in (base / "train" / name, base / "train" / f"{name}.jsonl") if path.exists()]
+            train[form_of(name)] = found[-1] if found else train[form_of(name)]
+        for file in _json_files(base / "test") + _json_files(base / "train", "**/*_test"):
+            split = file.stem if file.stem not in test else f"{file.parent.name}_{file.stem}"
+            test[split] = (form_of(str(file.relative_to(base))), file)
+    questions = [path for path in (root / "questions.jsonl", root / "SFT_data" / "reject") if path.exists()]
+    if not (any(train.values()) or test or questions):
+        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or judge, "
+                        "choice, open) and test/*.jsonl, and for SFT_data/reject/*.jsonl and questions.jsonl.")
+    return {"train": train, "test": test, "questions": questions[-1] if questions else None}
