@@ -1,0 +1,488 @@
+"""The model's two fast forward passes: one prompt shared by its G completions, and one captured decode step.
+
+1. `Packed` + `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie in one
+   row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion attends to
+   its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate, padded rows.
+2. `Engine`: prompts are prefilled once and copied into the slots of a preallocated cache; every decode step is tensor
+   work on fixed memory without a word from the host, so that on CUDA it is captured as one graph and replayed.
+
+Shapes: N tokens of the packed row, B prompts of up to P tokens, R completions of up to T tokens (R = B * G in GRPO),
+H hidden size, V vocabulary, L slots of a cache row.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+from data import Processor, UserError
+
+
+def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
+    """Read a Qwen2.5-VL directory or hub name; return (model in eval mode, processor).
+
+    dtype: torch.bfloat16 on CUDA and torch.float32 elsewhere unless given. Only safetensors are read and no code from
+    the checkpoint is run. Raises UserError for anything that is not a Qwen2.5-VL checkpoint.
+    """
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "qwen2_5_vl":
+            raise UserError(f"{path}: a {config.model_type} model; --model needs a Qwen2.5-VL checkpoint")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:  # what transformers raises for missing and malformed checkpoints
+        raise UserError(f"{path}: cannot be loaded as a Qwen2.5-VL model: {str(error).splitlines()[0]}") from error
+    return attach_attention(model.to(device).eval()), Processor.from_pretrained(path, max_pixels)
+
+
+def attach_attention(model):
+    """Let a Qwen2.5-VL attend by this file's two functions; returns the model."""
+    AttentionInterface.register("shared_prefix", shared_prefix_attention)
+    AttentionInterface.register("windowed_flash", windowed_attention)
+    # Set on the configs and not asked for at loading, where transformers would look for such a flash kernel on the hub.
+    model.config.text_config._attn_implementation = "shared_prefix"
+    model.config.vision_config._attn_implementation = "windowed_flash"
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One prompt, G completions
+
+
+@dataclass
+class Packed:
+    """Prompts and their completions as one row of N real tokens: all prompts first, then all completions."""
+
+    input_ids: torch.Tensor        # (N,)
+    position_ids: torch.Tensor     # (3, N) time, height, width; a completion continues from its own prompt's end
+    prompt_index: torch.Tensor     # (B, P) where in the row each prompt token lies, 0 where padded
+    prompt_real: torch.Tensor      # (tokens of prompts,) flat places in (B, P) that are not padding
+    completion_index: torch.Tensor # (R, T) where in the row each completion token lies, 0 where padded
+    completion_real: torch.Tensor  # (tokens of completions,) flat places in (R, T) that are not padding
+    group: torch.Tensor            # (R,) the prompt of each completion
+    attend: torch.Tensor           # (R, 1, T, P + T) True where a completion token sees a prompt or an own token
+    predictor: torch.Tensor        # (tokens of completions,) where the token lies whose output predicts each of them
+    mask: torch.Tensor             # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
+    pixel_values: torch.Tensor | None = None  # (patches, 1176)
+    image_grid_thw: torch.Tensor | None = None  # (images, 3)
+    features: torch.Tensor | None = None  # (image tokens, H) instead of pixels, where the vision tower is frozen
+
+    def to(self, device):
+        """The same row with every tensor on `device`."""
+        return Packed(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+
+def prompt_positions(model, prompt):
+    """(3, P) rotary positions of one prompt, by the model's own rule; kept on the prompt. Runs on the CPU."""
+    if getattr(prompt, "position_ids", None) is None:
+        ids = prompt.input_ids[None]
+        types = (ids == model.config.image_token_id).int()
+        prompt.position_ids = model.model.get_rope_index(
+            ids, mm_token_type_ids=types, image_grid_thw=prompt.image_grid_thw)[0][:, 0]
+    return prompt.position_ids
+
+
+def _padded_index(lengths, start):
+    """Index of consecutive runs as a padded table: lengths [2, 1], start 5 -> [[5, 6], [7, 0]] and flat real [0, 1, 2]."""
+    lengths = torch.tensor(lengths, dtype=torch.long)
+    column = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    real = column < lengths[:, None]
+    first = start + lengths.cumsum(0) - lengths
+    return torch.where(real, first[:, None] + column, 0), real
+
+
+def pack(model, prompts, completions, features=None):
+    """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
+
+    A group without completions is prefilled only. features: (image tokens, H) of all images of these prompts in order,
+    used in place of the pixels. Works on the CPU; move the result with .to(device).
+    """
+    flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
+    prompt_lengths = [len(p.input_ids) for p in prompts]
+    positions = [prompt_positions(model, p) for p in prompts]
+    group = torch.tensor([b for b, rows in enumerate(completions) for _ in rows], dtype=torch.long)
+
+    prompt_index, prompt_real = _padded_index(prompt_lengths, 0)
+    completion_index, completion_real = _padded_index([len(c) for c in flat], sum(prompt_lengths))
+    T = completion_index.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    attend = torch.cat([prompt_real[group][:, None].expand(-1, T, -1), causal.expand(len(flat), T, T)], dim=2)
+    before = torch.cat([prompt_index[group, torch.tensor(prompt_lengths)[group] - 1, None], completion_index], 1)[:, :-1]
+
+    images = [p for p in prompts if p.pixel_values is not None]
+    return Packed(
+        input_ids=torch.cat([p.input_ids for p in prompts] + flat),
+        position_ids=torch.cat(
+            positions + [positions[b].max() + 1 + torch.arange(len(c)).expand(3, -1) for b, c in zip(group, flat)], 1),
+        prompt_index=prompt_index, prompt_real=prompt_real.flatten().nonzero()[:, 0],
+        completion_index=completion_index, completion_real=completion_real.flatten().nonzero()[:, 0],
+        group=group, attend=attend[:, None], predictor=before[completion_real], mask=completion_real.float(),
+        pixel_values=torch.cat([p.pixel_values for p in images]) if images and features is None else None,
+        image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None, features=features)
+
+
+def image_features(model, pixel_values, image_grid_thw):
+    """(image tokens, H): the vision tower's output for all images, in the order in which their tokens stand."""
+    return torch.cat(model.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
+
+
+def packed_hidden(model, packed, cache=None):
+    """(N, H) last hidden states of a packed row on the model's device."""
+    embeds = model.get_input_embeddings()(packed.input_ids)  # (N, H)
+    features = packed.features
+    if packed.pixel_values is not None:
+        features = image_features(model, packed.pixel_values, packed.image_grid_thw)
+    if features is not None:
+        is_image = (packed.input_ids == model.config.image_token_id)[:, None]
+        embeds = embeds.masked_scatter(is_image, features.to(embeds.dtype))
+    return model.model.language_model(
+        inputs_embeds=embeds[None], position_ids=packed.position_ids[:, None], use_cache=False,
+        attention_mask={"full_attention": packed}, past_key_values=cache).last_hidden_state[0]
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Attention of a packed row (attention_mask is its Packed), or of one decode step (a bool mask (n, 1, 1, L)).
+
+    query (1, heads, N, D), key and value (1, kv_heads, N, D) of a packed row; query (n, heads, 1, D), key and value
+    (n, kv_heads, L, D) of a decode step. Returns ((1, N, heads, D) or (n, 1, heads, D), None), as transformers asks.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if not isinstance(attention_mask, Packed):  # heads that share keys become rows of one query: no copy of the cache
+        n, heads, _, D = query.shape
+        out = F.scaled_dot_product_attention(
+            query.view(n, heads // repeats, repeats, D), key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(n, 1, heads, D), None
+
+    row = attention_mask
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+
+    def attention(q, k, v, **kwargs):  # all (batch, tokens, heads, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, **kwargs).transpose(1, 2)
+
+    k_prompt, v_prompt = key[row.prompt_index], value[row.prompt_index]  # (B, P, heads, D)
+    out = attention(query[row.prompt_index], k_prompt, v_prompt, is_causal=True)
+    out = out.flatten(0, 1)[row.prompt_real]
+    if len(row.group):
+        k_own, v_own = key[row.completion_index], value[row.completion_index]  # (R, T, heads, D)
+        own = attention(query[row.completion_index], torch.cat([k_prompt[row.group], k_own], 1),
+                        torch.cat([v_prompt[row.group], v_own], 1), attn_mask=row.attend)
+        out = torch.cat([out, own.flatten(0, 1)[row.completion_real]])
+    return out[None], None
+
+
+def windowed_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
+    """The vision tower's attention: all windows of all images in one padded call, where transformers loops over them.
+
+    query, key, value (1, heads, patches, D); cu_seq_lens_q (windows + 1,) their boundaries. Returns (1, patches, heads, D).
+    The name under which it is registered holds "flash" because that is how transformers hands over the boundaries.
+    """
+    if not hasattr(cu_seq_lens_q, "windows"):  # the host reads the boundaries once a forward, not once a layer
+        index, real = _padded_index(cu_seq_lens_q.diff().tolist(), 0)
+        mask = None if real.all() else real[:, None, None].to(query.device)
+        cu_seq_lens_q.windows = index.to(query.device), real.flatten().nonzero()[:, 0].to(query.device), mask
+    index, real, mask = cu_seq_lens_q.windows
+    query, key, value = (x[0].transpose(0, 1)[index].transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1)[real][None], None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities without the logits
+
+
+class SelectedLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature + bias)[targets], a chunk of tokens at a time.
+
+    Only (chunk, V) float32 logits ever exist, forward and backward: the backward pass computes them again.
+    hidden (n, H), weight (V, H), targets (n,), bias (V,) float32 with -inf on forbidden tokens. Returns (n,) float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature):
+        logps, lse = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        for c in _chunks(len(hidden), len(weight)):
+            logits = SelectedLogps.logits(hidden[c], weight, bias, temperature)
+            lse[c] = logits.logsumexp(-1)
+            logps[c] = logits.gather(1, targets[c, None])[:, 0] - lse[c]
+        ctx.save_for_backward(hidden, weight, targets, bias, lse)
+        ctx.temperature = temperature
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, bias, lse = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for c in _chunks(len(hidden), len(weight)):
+            probs = (SelectedLogps.logits(hidden[c], weight, bias, ctx.temperature) - lse[c, None]).exp_()
+            d = probs.mul_(-grad[c, None])  # d logp / d logits = onehot - softmax
+            d.scatter_add_(1, targets[c, None], grad[c, None])
+            d = d.div_(ctx.temperature).to(weight.dtype)
+            grad_hidden[c] = d @ weight
+            grad_weight.addmm_(d.T, hidden[c])
+        return grad_hidden, grad_weight, None, None, None
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):
+        return (hidden @ weight.T).float().div_(temperature).add_(bias)
+
+
+def _chunks(tokens, vocabulary, numbers=2**26):
+    """Slices of so many tokens that a float32 (chunk, V) tensor stays near 256 MB."""
+    size = max(1, numbers // vocabulary)
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+def forbidden_bias(model, processor):
+    """(V,) float32: -inf on tokens that no completion may hold (image and video places, unused rows of the head)."""
+    weight = model.lm_head.weight
+    bias = torch.zeros(len(weight), device=weight.device)
+    bias[list(processor.forbidden_ids(len(weight)))] = float("-inf")
+    return bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rollout engine
+
+
+@dataclass
+class Completion:
+    """One sampled answer: tokens up to and including its end token, and what the model thought of each while sampling."""
+
+    tokens: list        # token ids
+    logps: torch.Tensor # (len(tokens),) float32, of the tempered distribution (of the plain one when greedy)
+    truncated: bool     # no end token within the allowed length
+    text: str           # decoded, without special tokens
+
+
+class Cache:
+    """Keys and values of every row at fixed addresses: (layers, rows, kv_heads, L, D)."""
+
+    def __init__(self, model, rows, length):
+        text = model.config.text_config
+        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
+        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        self.prefill = None  # while prompts are read: [(rows, start, stop)], the rows that get tokens start:stop
+        self.decode = None   # while rows grow: (rows (n,), slot (n,), length)
+
+    def update(self, key, value, layer, *_, **__):
+        """Called by every attention layer with its new keys and values; returns those to attend to."""
+        if self.prefill is not None:
+            for rows, start, stop in self.prefill:
+                self.keys[layer, rows, :, :stop - start] = key[0, :, start:stop]
+                self.values[layer, rows, :, :stop - start] = value[0, :, start:stop]
+            return key, value
+        rows, slot, length = self.decode
+        self.keys[layer, rows, :, slot] = key[:, :, 0]
+        self.values[layer, rows, :, slot] = value[:, :, 0]
+        return self.keys[layer, :len(rows), :, :length], self.values[layer, :len(rows), :, :length]
+
+
+class Engine:
+    """Generates with `rows` completions in flight; a finished row makes room for the next prompt.
+
+    Each row holds its prompt in cache slots 0.. without padding, so rows of any length share a step. A row's random
+    numbers come from its own seed: a completion does not depend on which others share its batch.
+    temperature 0 is greedy. top_p below 1 samples from the smallest set of tokens that holds that much probability.
+    """
+
+    def __init__(self, model, processor, length, rows, max_new, temperature=1.0, top_p=1.0, capture=None):
+        device, self.settings = model.device, (rows, max_new, temperature, top_p)
+        self.model, self.processor, self.max_new = model, processor, max_new
+        self.temperature, self.top_p = temperature, top_p
+        self.capture = device.type == "cuda" if capture is None else capture
+        # Reading `done` stalls a GPU, and a captured step has a fixed number of slots: ask seldom, grow in large steps.
+        self.stride, self.bucket = (16, 256) if device.type == "cuda" else (4, 64)
+        self.length = -(-length // self.bucket) * self.bucket
+        self.cache = Cache(model, rows, self.length)
+        self.bias = forbidden_bias(model, processor)
+        self.end_ids = torch.tensor(processor.end_ids, device=device)
+        self.rows, self.slots = torch.arange(rows, device=device), torch.arange(self.length, device=device)
+        self.graphs, self.pool = {}, None
+
+        def table(*shape, dtype=torch.long):
+            return torch.zeros(*shape, dtype=dtype, device=device)
+        # A row that nobody owns is decoded all the same: its one slot of zeros keeps it finite.
+        self.prompt_length, self.offset, self.count = table(rows), table(rows), table(rows) + 1
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        # One column more than is ever read: a finished row writes there, so that no step needs a condition.
+        self.tokens = table(rows, max_new + 1)
+        self.logps, self.uniform = (table(rows, max_new + 1, dtype=torch.float32) for _ in range(2))
+
+    # -- one decode step: fixed memory, no host sync ------------------------------------------------------------------
+
+    def _decode(self, n, length):
+        """Feed the newest token of rows 0..n-1, sample the next one. The whole of it is one CUDA graph."""
+        rows, newest = self.rows[:n], self.count[:n] - 1
+        slot = self.prompt_length[:n] + newest
+        mask = self.slots[:length] <= slot[:, None]  # (n, L)
+        self.cache.decode = rows, slot, length
+        embeds = self.model.get_input_embeddings()(self.tokens[rows, newest][:, None])  # (n, 1, H)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=(slot + self.offset[:n])[None, :, None].expand(3, n, 1), use_cache=True,
+            attention_mask={"full_attention": mask[:, None, None]}, past_key_values=self.cache).last_hidden_state
+        self._sample(self.model.lm_head(hidden[:, 0]), rows)
+
+    def _sample(self, logits, rows):
+        """Draw a token for each of `rows` from logits (len(rows), V); book it and whether the row has ended."""
+        logps = (logits.float() / (self.temperature or 1.0) + self.bias).log_softmax(-1)
+        step = self.count[rows]
+        token = logps.argmax(-1) if self.temperature == 0 else inverse_cdf(logps.exp(), self.uniform[rows, step], self.top_p)
+        self.tokens[rows, step] = token
+        self.logps[rows, step] = logps.gather(1, token[:, None])[:, 0]
+        self.count[rows] = count = step + ~self.done[rows]
+        self.done[rows] |= torch.isin(token, self.end_ids) | (count == self.max_new)
+
+    def step(self, n, length):
+        """One decode step: replayed from a CUDA graph where there is one, recorded on first use."""
+        if not self.capture:
+            return self._decode(n, length)
+        if (n, length) not in self.graphs:
+            side = torch.cuda.Stream()  # capture needs warm libraries: this first step is a real one, run eagerly
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._decode(n, length)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[n, length] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self._decode(n, length)
+            self.pool = graph.pool()
+            return None
+        return self.graphs[n, length].replay()
+
+    # -- rows come and go ---------------------------------------------------------------------------------------------
+
+    def _admit(self, prompts, rows, seeds):
+        """Prefill prompts once each and start their completions: rows and seeds are a list for each prompt."""
+        packed = pack(self.model, prompts, [[] for _ in prompts], self._features(prompts)).to(self.model.device)
+        starts = [0, *torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0).tolist()]
+        index = [torch.tensor(r, device=self.model.device) for r in rows]
+        self.cache.prefill = list(zip(index, starts, starts[1:]))
+        hidden = packed_hidden(self.model, packed, self.cache)
+        self.cache.prefill = None
+        flat = torch.cat(index)
+        owner = torch.tensor([b for b, r in enumerate(rows) for _ in r], device=self.model.device)
+        lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.model.device)
+        ends = torch.tensor([int(prompt_positions(self.model, p).max()) + 1 for p in prompts], device=self.model.device)
+        self.prompt_length[flat], self.offset[flat] = lengths[owner], (ends - lengths)[owner]
+        self.count[flat], self.done[flat] = 0, False
+        if self.temperature:
+            self.uniform[flat] = torch.stack([
+                torch.rand(self.max_new + 1, generator=torch.Generator().manual_seed(s)) for group in seeds for s in group
+            ]).to(self.uniform.device)
+        last = torch.tensor(starts[1:], device=self.model.device) - 1
+        self._sample(self.model.lm_head(hidden[last])[owner], flat)
+
+    def _features(self, prompts):
+        """Features of the prompts' images where all of them were encoded before (frozen vision tower), else None."""
+        known = [getattr(p, "features", None) for p in prompts if p.pixel_values is not None]
+        return torch.cat(known) if known and all(f is not None for f in known) else None
+
+    @torch.no_grad()
+    def run(self, prompts, seeds, on_finish=None):
+        """Complete each prompt once for each of its seeds: seeds is a list of lists of ints. Returns Completions alike.
+
+        on_finish(prompt number, its Completions) is called as soon as a prompt's last completion has ended.
+        """
+        results = [[None] * len(s) for s in seeds]
+        waiting = deque(range(len(prompts)))
+        owner = [None] * len(self.rows)  # row -> (prompt number, sample number)
+        n = len(self.rows)
+        while waiting or any(owner):
+            free = [row for row in range(n) if owner[row] is None]
+            # Prefill in batches: wait until a quarter of the rows is free, unless nothing is left to do meanwhile.
+            if waiting and (4 * len(free) >= n or len(free) == n):
+                self._fill(prompts, seeds, waiting, free, owner)
+            if not waiting:
+                n = self._compact(owner, n)
+            reach = int((self.prompt_length + self.count)[:n].max()) + self.stride
+            length = min(-(-reach // self.bucket) * self.bucket, self.length)
+            for _ in range(self.stride):
+                self.step(n, length)
+            self._harvest(results, owner, n, on_finish)
+        return results
+
+    def _fill(self, prompts, seeds, waiting, free, owner, token_budget=16_384):
+        """Move waiting prompts into free rows, packed into prefills of at most `token_budget` tokens."""
+        while waiting and len(seeds[waiting[0]]) <= len(free):
+            batch, budget = [], token_budget
+            while waiting and len(seeds[waiting[0]]) <= len(free):
+                budget -= len(prompts[waiting[0]].input_ids)
+                if batch and budget < 0:
+                    break
+                number = waiting.popleft()
+                batch.append((number, [free.pop(0) for _ in seeds[number]]))
+            self._admit([prompts[i] for i, _ in batch], [rows for _, rows in batch], [seeds[i] for i, _ in batch])
+            for number, rows in batch:
+                for sample, row in enumerate(rows):
+                    owner[row] = number, sample
+
+    def _harvest(self, results, owner, n, on_finish):
+        """Collect rows that have ended and free them: the one place where the host waits for the device."""
+        done, count = self.done[:n].tolist(), self.count[:n].tolist()
+        ended = [row for row in range(n) if done[row] and owner[row] is not None]
+        if not ended:
+            return
+        tokens, logps = self.tokens[ended].tolist(), self.logps[ended].cpu()
+        for i, row in enumerate(ended):
+            (number, sample), ids = owner[row], tokens[i][:count[row]]
+            results[number][sample] = Completion(
+                ids, logps[i, :count[row]].clone(), ids[-1] not in self.processor.end_ids, self.processor.decode(ids))
+            owner[row] = None
+            if on_finish and all(results[number]):
+                on_finish(number, results[number])
+
+    def _compact(self, owner, n):
+        """While at most half of the rows still run, move them to the front: finished rows are not paid for."""
+        live = [row for row in range(n) if owner[row] is not None]
+        if not live or 2 * len(live) > n:
+            return n
+        while n > 1 and 2 * len(live) <= n:
+            n //= 2
+        keep = live + [row for row in range(len(owner)) if owner[row] is None][:n - len(live)]
+        for table in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.uniform):
+            table[:n] = table[keep]
+        used = int((self.prompt_length + self.count)[:n].max())
+        for layer in range(len(self.cache.keys)):  # a layer at a time: the copy stays small
+            for cache in (self.cache.keys[layer], self.cache.values[layer]):
+                cache[:n, :, :used] = cache[keep, :, :used]
+        owner[:] = [owner[row] for row in live] + [None] * (len(owner) - len(live))
+        return n
+
+
+def inverse_cdf(probs, uniform, top_p=1.0):
+    """The token at which the cumulative probability first exceeds `uniform` (rows,) in [0, 1): exact sampling.
+
+    probs (rows, V). Two passes over the row instead of a multinomial's many. A token of probability 0 is never drawn.
+    """
+    if top_p < 1.0:
+        order = probs.sort(-1, descending=True)
+        kept = order.values * (order.values.cumsum(-1) - order.values < top_p)
+        return order.indices.gather(1, inverse_cdf(kept, uniform)[:, None])[:, 0]
+    cdf = probs.cumsum(-1)
+    target = uniform.clamp(max=1 - 1e-6)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+def generate(model, processor, prompts, num_generations=1, max_completion_length=512, temperature=1.0, top_p=1.0,
+             seeds=None, max_rows=64, on_finish=None):
+    """Sample `num_generations` completions of each prompt (data.Prompt); returns a list of Completions for each.
+
+    temperature 0 is greedy. seeds: for each prompt a list of num_generations ints; 0, 1, 2, .. unless given.
+    max_rows: completions in flight; more prompts wait and enter as rows finish. The model must be in eval mode.
+    """
+    if not prompts:
+        return []
+    if seeds is None:
+        seeds = [[i * num_generations + g for g in range(num_generations)] for i in range(len(prompts))]
+    rows = max(num_generations, min(max_rows, num_generations * len(prompts)))
+    length = max(len(p.input_ids) for p in prompts) + max_completion_length
+    settings = (rows, max_completion_length, temperature, top_p)
+    engine = getattr(model, "engine", None)  # its cache and graphs serve every later call alike
+    if engine is None or engine.settings != settings or engine.length < length:
+        model.engine = None  # free the old cache before the new one is made
+        engine = model.engine = Engine(model, processor, length, *settings)
+    return engine.run(prompts, seeds, on_finish)

@@ -1,0 +1,258 @@
+"""The engine against plain transformers: the same numbers, whatever is packed, padded, cached or refilled."""
+
+import pytest
+import torch
+from tiny import tiny_checkpoint, tiny_data
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import engine
+from currreft import token_logps
+from data import Example, UserError, find_files, load_examples
+from engine import forbidden_bias, generate, inverse_cdf, load_policy, pack
+
+LENGTHS = [[3, 7], [5, 1], [9, 9], [2, 4]]  # completions of different lengths, one of them a single token
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint whose weights are large enough for its answers to depend on what it sees."""
+    path = tiny_checkpoint(tmp_path_factory.mktemp("model"))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(checkpoint, tmp_path_factory):
+    """(policy, processor, plain transformers model, prompts: three image sizes, text only, two images)."""
+    policy, processor = load_policy(checkpoint)
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    data = tiny_data(tmp_path_factory.mktemp("data"))
+    files = find_files(data)
+    rows = load_examples(files["train"]["open"], image_root=data) + load_examples(files["questions"], image_root=data)
+    by_grid = {tuple(r.images): r for r in rows}
+    examples = sorted(by_grid.values(), key=lambda r: len(r.images))
+    assert {len(e.images) for e in examples} >= {0, 1, 2}
+    prompts = [processor(e) for e in examples]
+    assert len({tuple(p.image_grid_thw.flatten().tolist()) for p in prompts if p.image_grid_thw is not None}) >= 3
+    return policy, processor, plain, [prompts[0], prompts[1], prompts[2], prompts[-1]]
+
+
+def completions_for(prompts, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [[torch.randint(0, 250, (n,), generator=g).tolist() for n in LENGTHS[i % 4]] for i in range(len(prompts))]
+
+
+def separate_rows(plain, processor, prompt, group, bias, temperature=1.0):
+    """The oracle: G padded rows, each with the prompt and its images again, as other trainers do it. (G, T)."""
+    T = max(map(len, group))
+    ids = torch.stack([torch.cat([prompt.input_ids, torch.tensor(c), torch.full((T - len(c),), processor.pad_id)])
+                       for c in group])
+    attention = torch.stack([torch.arange(ids.shape[1]) < len(prompt.input_ids) + len(c) for c in group]).long()
+    images = {}
+    if prompt.pixel_values is not None:
+        images = {"pixel_values": prompt.pixel_values.repeat(len(group), 1),
+                  "image_grid_thw": prompt.image_grid_thw.repeat(len(group), 1)}
+    logits = plain(input_ids=ids, attention_mask=attention, mm_token_type_ids=(ids == processor.image_token_id).int(),
+                   use_cache=False, **images).logits[:, len(prompt.input_ids) - 1:-1]
+    logps = (logits.float() / temperature + bias).log_softmax(-1).gather(2, ids[:, len(prompt.input_ids):, None])[..., 0]
+    mask = torch.stack([torch.arange(T) < len(c) for c in group])
+    return logps.masked_fill(~mask, 0.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_row_equals_separate_rows_in_value_and_gradient(world, checkpointing):
+    policy, processor, plain, prompts = world
+    groups, bias = completions_for(prompts), forbidden_bias(policy, processor)
+    weight = torch.randn(sum(map(len, groups)), max(len(c) for g in groups for c in g),
+                         generator=torch.Generator().manual_seed(1))
+    policy.zero_grad(), plain.zero_grad()
+    if checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packed = token_logps(policy.train(), pack(policy, prompts, groups), bias, 0.7)
+    (packed * weight).sum().backward()
+    policy.gradient_checkpointing_disable()
+    policy.eval()
+    row = 0
+    for prompt, group in zip(prompts, groups):
+        oracle = separate_rows(plain, processor, prompt, group, bias, 0.7)
+        R, T = oracle.shape
+        torch.testing.assert_close(packed[row:row + R, :T], oracle, atol=1e-5, rtol=0)
+        assert not packed[row:row + R, T:].any(), "padding must stay 0"
+        (oracle * weight[row:row + R, :T]).sum().backward()
+        row += R
+    expected = dict(plain.named_parameters())
+    for name, p in policy.named_parameters():
+        scale = expected[name].grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(p.grad / scale, expected[name].grad / scale, atol=1e-5, rtol=0, msg=name)
+
+
+def test_positions_are_three_dimensional_and_matter(world):
+    """M-RoPE that falls back to 1-D positions moves log-probabilities far more than the tolerance above."""
+    policy, processor, plain, prompts = world
+    groups, bias = completions_for(prompts[1:2]), forbidden_bias(policy, processor)
+    batch = pack(policy, prompts[1:2], groups)
+    assert (batch.position_ids[0] != batch.position_ids[1]).any()
+    right = token_logps(policy, batch, bias)
+    flat = torch.cat([torch.arange(len(prompts[1].input_ids))] + [len(prompts[1].input_ids) + torch.arange(len(c))
+                                                                   for c in groups[0]])
+    batch.position_ids = flat.expand(3, -1)
+    assert (token_logps(policy, batch, bias) - right).abs().max() > 1e-3
+
+
+def test_log_probabilities_in_chunks_equal_the_naive_ones(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(11, 8, generator=g), torch.randn(23, 8, generator=g)
+    targets, bias = torch.randint(0, 20, (11,), generator=g), torch.zeros(23)
+    bias[20:] = float("-inf")
+    out = torch.randn(11, generator=g)
+    grads = []
+    for naive in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if naive:
+            logps = ((h @ w.T) / 0.6 + bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        else:
+            monkeypatch.setattr(engine, "_chunks", lambda n, v: [slice(i, min(i + 4, n)) for i in range(0, n, 4)])
+            logps = engine.SelectedLogps.apply(h, w, targets, bias, 0.6)
+        (logps * out).sum().backward()
+        grads.append((logps, h.grad, w.grad))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_never_hold_more_than_their_budget():
+    assert max(c.stop - c.start for c in engine._chunks(5000, 151_936)) * 151_936 <= 2**26
+    assert sum(c.stop - c.start for c in engine._chunks(5000, 151_936)) == 5000
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_what_was_sampled_is_what_is_scored(world, temperature):
+    policy, processor, _, prompts = world
+    groups = generate(policy, processor, prompts, 3, 10, temperature)
+    batch = pack(policy, prompts, [[o.tokens for o in group] for group in groups])
+    scored = token_logps(policy, batch, forbidden_bias(policy, processor), temperature)
+    for row, completion in enumerate(o for group in groups for o in group):
+        torch.testing.assert_close(scored[row, :len(completion.tokens)], completion.logps, atol=1e-5, rtol=0)
+
+
+def test_greedy_generation_is_that_of_transformers(world):
+    """The checkpoint's own generation config (repetition penalty, top-k) must not leak in."""
+    policy, processor, plain, prompts = world
+    forbidden = list(processor.forbidden_ids(len(policy.lm_head.weight)))
+    ours = generate(policy, processor, prompts, 1, 24, temperature=0.0)
+    assert len({tuple(group[0].tokens) for group in ours}) > 1, "answers must depend on the prompt"
+    for prompt, (completion,) in zip(prompts, ours):
+        images = {} if prompt.pixel_values is None else {
+            "pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": (prompt.input_ids == processor.image_token_id).int()[None]}
+        theirs = plain.generate(
+            input_ids=prompt.input_ids[None], attention_mask=torch.ones_like(prompt.input_ids)[None], max_new_tokens=24,
+            do_sample=False, repetition_penalty=1.0, suppress_tokens=forbidden, eos_token_id=list(processor.end_ids),
+            **images)
+        assert completion.tokens == theirs[0, len(prompt.input_ids):].tolist()
+
+
+def test_a_completion_does_not_depend_on_its_company(world):
+    """Per-row seeds, refilled rows, moved rows: each completion is the one it would be alone."""
+    policy, processor, _, prompts = world
+    many = prompts * 3
+    seeds = [[100 * i + g for g in range(2)] for i in range(len(many))]
+    together = generate(policy, processor, many, 2, 16, seeds=seeds, max_rows=24)
+    refilled = generate(policy, processor, many, 2, 16, seeds=seeds, max_rows=4)
+    for i in range(len(many)):
+        (alone,) = generate(policy, processor, many[i:i + 1], 2, 16, seeds=seeds[i:i + 1])
+        for a, b, c in zip(alone, together[i], refilled[i]):
+            assert a.tokens == b.tokens == c.tokens
+    assert together[0][0].tokens != together[0][1].tokens, "samples of one prompt must differ"
+
+
+def test_finished_prompts_are_reported_once(world):
+    policy, processor, _, prompts = world
+    seen = []
+    generate(policy, processor, prompts * 2, 2, 8, max_rows=4, on_finish=lambda i, group: seen.append((i, len(group))))
+    assert sorted(seen) == [(i, 2) for i in range(8)]
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_completions_end_at_their_first_end_token_inclusive(world, end, monkeypatch):
+    """Either end token ends a completion and belongs to it; without one the completion is truncated."""
+    policy, processor, _, prompts = world
+    other = processor.end_ids[1 - end]
+
+    def prefers_ending(probs, uniform, top_p=1.0):
+        token = inverse_cdf(probs, uniform)
+        return torch.where(uniform < 0.3, processor.end_ids[end], torch.where(token == other, 0, token))
+    monkeypatch.setattr(engine, "inverse_cdf", prefers_ending)
+    completions = [o for group in generate(policy, processor, prompts, 8, 6) for o in group]
+    for o in completions:
+        assert o.truncated == (o.tokens[-1] != processor.end_ids[end])
+        assert processor.end_ids[end] not in o.tokens[:-1]
+        assert len(o.tokens) == 6 or not o.truncated
+    assert {o.truncated for o in completions} == {True, False}
+
+
+def test_forbidden_tokens_are_never_sampled(world):
+    policy, processor, _, prompts = world
+    forbidden = set(processor.forbidden_ids(len(policy.lm_head.weight)))
+    assert processor.image_token_id in forbidden
+    groups = generate(policy, processor, prompts, 16, 16, temperature=5.0)
+    assert not forbidden & {t for group in groups for o in group for t in o.tokens}
+
+
+def test_inverse_cdf_draws_each_token_as_often_as_its_probability():
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    counts = inverse_cdf(probs.expand(1000, -1), uniform).bincount(minlength=6)
+    assert counts.tolist() == [0, 500, 0, 300, 200, 0]
+    counts = inverse_cdf(probs.expand(1000, -1), uniform, top_p=0.6).bincount(minlength=6)
+    assert counts.tolist() == [0, 625, 0, 375, 0, 0]
+    edge = inverse_cdf(probs.expand(2, -1), torch.tensor([0.0, 1.0]))
+    assert edge.tolist() == [1, 4]
+
+
+def test_vision_tower_in_one_call_equals_the_loop_over_windows(world):
+    policy, processor, plain, prompts = world
+    images = [p for p in prompts if p.pixel_values is not None]
+    pixels, grids = torch.cat([p.pixel_values for p in images]), torch.cat([p.image_grid_thw for p in images])
+    assert (grids.prod(-1) > 64).any(), "one image must have several windows"
+    ours = engine.image_features(policy, pixels, grids)
+    theirs = torch.cat(plain.model.get_image_features(pixels, grids).pooler_output)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_frozen_tower_may_encode_once_for_all(world):
+    policy, processor, _, prompts = world
+    groups, bias = completions_for(prompts), forbidden_bias(policy, processor)
+    images = [p for p in prompts if p.pixel_values is not None]
+    features = torch.cat([engine.image_features(policy, p.pixel_values, p.image_grid_thw) for p in images])
+    a = token_logps(policy, pack(policy, prompts, groups), bias)
+    b = token_logps(policy, pack(policy, prompts, groups, features), bias)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_other_models_are_refused_with_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="bert"):
+        load_policy(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        load_policy(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_captured_step_samples_what_the_eager_one_samples(checkpoint, world):
+    policy, processor = load_policy(checkpoint, "cuda", torch.float32)
+    prompts = world[3]
+    length = max(len(p.input_ids) for p in prompts) + 40
+    seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
+    captured, eager = (engine.Engine(policy, processor, length, 16, 40, capture=c).run(prompts, seeds) for c in (True, False))
+    assert [[o.tokens for o in g] for g in captured] == [[o.tokens for o in g] for g in eager]
+
+
+def test_generate_needs_no_prompts(world):
+    policy, processor, _, _ = world
+    assert generate(policy, processor, [], 4) == []
+    assert Example(problem="?", solution="!").images == ()
