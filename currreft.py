@@ -1,15 +1,15 @@
 """Curr-ReFT: curriculum reinforcement fine-tuning of a small vision-language model (arXiv 2503.07065).
 
 Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of rising
-difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never gets an open answer
-right, so open-only RL has little to learn from; yes/no almost always gives signal.
+difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never gets an open
+answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
 Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge scores every
 answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on what was kept.
 
 One GRPO step (`grpo_step`), top to bottom: a batch of prompts q -> G completions o_1..o_G of each -> their rewards r ->
-group-normalised advantages A -> log-probabilities under the policy, the old policy and the reference -> loss -> one
-optimiser step. `group_advantages`, `token_logps` and `grpo_loss` are the equations. Departures from the paper and from the
-authors' code are listed, with reasons, in the README.
+group-normalized advantages A -> log-probabilities under the policy, the old policy and the reference -> loss -> one
+optimizer step. `group_advantages`, `token_logps` and `grpo_loss` are the equations. Departures from the paper and from
+the authors' code are listed, with reasons, in the README.
 
 Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest completion,
 N tokens of a packed row (engine.py), H hidden size, V vocabulary.
@@ -67,7 +67,7 @@ class Config:
     reference: str = "stage"  # KL reference: policy at the start of the 'stage', or of the whole run ('base')
     prompts_per_step: int = 8  # prompts in one GRPO step, over all GPUs
     num_generations: int = 8  # completions of each prompt, G
-    updates_per_rollout: int = 1  # optimiser steps taken on one rollout
+    updates_per_rollout: int = 1  # optimizer steps taken on one rollout
     temperature: float = 1.0  # of the sampled and scored distribution in RL
     max_completion_length: int = 512  # new tokens of a completion at most
     max_prompt_length: int = 4096  # longer prompts (image tokens included) are refused, never truncated
@@ -193,16 +193,16 @@ def group_advantages(rewards):
     group_advantages(tensor([1., 0., 0., 1.])) -> about [0.866, -0.866, -0.866, 0.866]. All rewards equal -> exactly 0.
     (DeepSeekMath eq. 3 region, arXiv 2402.03300; paper section 3.1.)
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    centered = rewards - rewards.mean(-1, keepdim=True)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
-    return torch.where(equal, 0.0, centred / (rewards.std(-1, keepdim=True) + 1e-4))
+    return torch.where(equal, 0.0, centered / (rewards.std(-1, keepdim=True) + 1e-4))
 
 
 def token_logps(model, batch, bias, temperature=1.0):
     """log pi(o_t | q, o_<t) of every completion token: (R, T) float32, 0 on padding.
 
-    batch: engine.Packed. bias (V,): engine.forbidden_bias. The distribution is softmax(logits / temperature) without the
-    forbidden tokens, the one that was sampled. Policy, old policy and reference all come from this function.
+    batch: engine.Packed. bias (V,): engine.forbidden_bias. The distribution is softmax(logits / temperature) without
+    the forbidden tokens, the one that was sampled. Policy, old policy and reference all come from this function.
     """
     hidden = packed_hidden(model, batch)  # (N, H)
     targets = batch.input_ids[len(batch.prompt_real):]
@@ -217,8 +217,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
         loss = - 1/R sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta KL_t ]
         rho  = pi(o_t) / pi_old(o_t)           KL_t = exp(ref - logp) - (ref - logp) - 1   (k3, always >= 0)
 
-    logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the whole
-    step, over all micro-batches and ranks, so that their gradients add up to the same sum however the step is split.
+    logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the
+    whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the step is split.
     Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}).
     """
     A = advantages[:, None]  # (R, 1)
@@ -311,7 +311,7 @@ def sft_step(run, stage, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser: float32 masters, sharded over ranks
+# Optimizer: float32 masters, sharded over ranks
 
 
 class ShardedAdamW:
@@ -374,7 +374,7 @@ class ShardedAdamW:
             p.grad = None
 
     def state_dict(self):
-        """{parameter name: moments, step and (unless the weights are float32 themselves) master} of this rank's share."""
+        """{parameter name: moments, step and (unless weights are float32 themselves) master} of this rank's share."""
         keep_master = next(iter(self.params.values())).dtype != torch.float32
         return {name: {**self.adam.state[master], **({"master": master} if keep_master else {})}
                 for name, master in self.masters.items() if master in self.adam.state}
@@ -470,10 +470,10 @@ class Run:
         """rewards.accuracy_reward with this run's settings."""
         return accuracy_reward(text, example, partial_credit=self.cfg.partial_credit, soft_iou=self.cfg.soft_iou)
 
-    # -- one optimiser step -------------------------------------------------------------------------------------------
+    # -- one optimizer step -------------------------------------------------------------------------------------------
 
     def optimizer_step(self, stage, step, base_lr):
-        """Reduce, clip and apply gradients; a non-finite one is skipped on all ranks together (its norm is the same)."""
+        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm)."""
         self.learning_rate = learning_rate(self.cfg, stage, step, base_lr)
         self.grad_norm = self.optimizer.reduce_gradients(self.cfg.max_grad_norm)
         if math.isfinite(self.grad_norm):
@@ -484,9 +484,9 @@ class Run:
         self.optimizer.zero_grad()
         if self.bad_in_a_row >= 5:
             last = latest_checkpoint(self.out)
-            raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a row. The last "
-                           f"good checkpoint is {last[0] if last else 'the base model'}; resume with a lower --lr or a "
-                           "higher --beta and --allow_changes.")
+            raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a row. The "
+                           f"last good checkpoint is {last[0] if last else 'the base model'}; resume with a lower --lr "
+                           "or a higher --beta and --allow_changes.")
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
@@ -503,8 +503,8 @@ class Run:
         means = {name: value / max(count, 1) for name, (value, count) in sorted(totals.items())}
         tokens = sum(s["tokens"] for _, s, _ in shares)
         slowest = {name: max(s[name] for _, s, _ in shares) for name in ("rollout", "update") if name in seconds}
-        row = {"step": self.global_step, "stage": stage.name, "stage_index": stage.index, "stage_step": step + 1, **means,
-               "grad_norm": self.grad_norm, "lr": self.learning_rate, "skipped_steps": self.skipped,
+        row = {"step": self.global_step, "stage": stage.name, "stage_index": stage.index, "stage_step": step + 1,
+               **means, "grad_norm": self.grad_norm, "lr": self.learning_rate, "skipped_steps": self.skipped,
                **{f"seconds_{name}": value for name, value in slowest.items()},
                "tokens_per_second": tokens / next(iter(slowest.values()))}
         if self.rank == 0:
@@ -573,7 +573,7 @@ class Run:
         gather(None)
 
     def resume(self):
-        """Load the newest complete checkpoint; returns (stage index, steps done in it). Nothing there: the beginning."""
+        """Load the newest complete checkpoint, or the base model; returns (stage index, steps done in that stage)."""
         found = latest_checkpoint(self.out)
         if not found:
             self.load_weights(self.cfg.model)
@@ -597,7 +597,7 @@ class Run:
         return self.cfg.model if index < 0 else self.out / "stages" / self.cfg.curriculum[index].label
 
     def train_stage(self, stage, first):
-        """One row of the curriculum: optimiser, schedule and reference start afresh, then its steps."""
+        """One row of the curriculum: optimizer, schedule and reference start afresh, then its steps."""
         self.optimizer = ShardedAdamW(self.policy.named_parameters(), self.cfg.weight_decay)
         if first:
             self.optimizer.load(self.optimizer_files)
@@ -637,7 +637,8 @@ class Run:
         count = rejection_sample(
             self.policy, self.processor, self.questions, kept, judge=Judge(self.cfg.judge_url, self.cfg.judge_model),
             samples=self.cfg.reject_samples, threshold=self.cfg.reject_threshold, max_rows=self.cfg.max_rows,
-            max_completion_length=self.cfg.max_completion_length, seed=self.seed(stage.index), on_finish=self.check_stop)
+            max_completion_length=self.cfg.max_completion_length, seed=self.seed(stage.index),
+            on_finish=self.check_stop)
         self.say(f"{stage.name}: kept {count} of {len(self.questions)} questions, in {kept}")
         if not count:
             raise RunError(f"{stage.name}: no answer scored above --reject_threshold {self.cfg.reject_threshold:g}, so "
@@ -752,7 +753,7 @@ def load_data(cfg):
             if not path:
                 raise UserError(f"--data {cfg.data}: no question file for the reject stage; name one with --questions")
             questions = load_examples(path, **options)
-    tests = []  # every split's rows, labelled with its name
+    tests = []  # every split's rows, labeled with its name
     for split, (form, path) in files["test"].items():
         rows = load_examples(path, form=form, **options)
         rows = [dataclasses.replace(e, split=split) for e in rows]
@@ -770,8 +771,8 @@ def derive_all(examples, form, pool, cfg):
             faults.append(str(error))
     if faults and not (cfg.skip_bad_rows and derived):
         more = f"\n.. and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise UserError("\n".join(faults[:20]) + more + "\nCorrect them, give the form a file of its own, or drop the rows "
-                        "with --skip_bad_rows")
+        raise UserError("\n".join(faults[:20]) + more + "\nCorrect them, give the form a file of its own, or drop the "
+                        "rows with --skip_bad_rows")
     if faults and world()[0] == 0:
         print(f"{form}: dropped {len(faults)} rows that have no such form; the first: {faults[0]}", file=sys.stderr)
     return derived
@@ -782,10 +783,11 @@ def refuse_long_prompts(cfg, processor, examples):
     long = [e for e in examples if processor.prompt_length(e) > cfg.max_prompt_length]
     if long and not (cfg.skip_bad_rows and len(long) < len(examples)):
         named = ", ".join(f"{e.where} ({processor.prompt_length(e)} tokens)" for e in long[:5])
-        raise UserError(f"{len(long)} prompts are longer than --max_prompt_length {cfg.max_prompt_length}: {named}. Raise "
-                        "it, lower --max_pixels, or drop them with --skip_bad_rows")
+        raise UserError(f"{len(long)} prompts are longer than --max_prompt_length {cfg.max_prompt_length}: {named}. "
+                        "Raise it, lower --max_pixels, or drop them with --skip_bad_rows")
     if long and world()[0] == 0:
-        print(f"dropped {len(long)} of {len(examples)} prompts longer than {cfg.max_prompt_length} tokens", file=sys.stderr)
+        print(f"dropped {len(long)} of {len(examples)} prompts longer than {cfg.max_prompt_length} tokens",
+              file=sys.stderr)
     return [e for e in examples if e not in long] if long else examples
 
 
@@ -813,19 +815,20 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
     head = text.hidden_size // text.num_attention_heads
     rows = min(cfg.max_rows, cfg.num_generations * math.ceil(cfg.prompts_per_step / ranks))
     return {"weights": total * width, "gradients": trained * width, "reference": total * width * (cfg.beta > 0),
-            "optimiser": trained * (8 + 4 * (width == 2)) // ranks,
+            "optimizer": trained * (8 + 4 * (width == 2)) // ranks,
             "cache": rows * (P + C) * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
             "activations": activations, "logits": 3 * 4 * 2**26 + text.vocab_size * text.hidden_size * width}
 
 
 def check_memory(cfg, needed, say):
-    """Say what a run will need per GPU; UserError where weights, gradients and optimiser alone cannot fit."""
+    """Say what a run will need per GPU; UserError where weights, gradients and optimizer alone cannot fit."""
     parts = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items() if size > 2**27)
     say(f"memory per process, estimated: {sum(needed.values()) / 2**30:.1f} GiB ({parts or 'all small'})")
-    fixed = sum(needed[name] for name in ("weights", "gradients", "reference", "optimiser"))
+    fixed = sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
     if torch.cuda.is_available() and fixed > (there := torch.cuda.get_device_properties(0).total_memory):
-        raise UserError(f"weights, gradients, reference and optimiser need {fixed / 2**30:.1f} GiB on each GPU, which has "
-                        f"{there / 2**30:.1f}: use more GPUs (the optimiser is shared among them), --freeze_vision or --beta 0")
+        raise UserError(f"weights, gradients, reference and optimizer need {fixed / 2**30:.1f} GiB on each GPU, which "
+                        f"has {there / 2**30:.1f}: use more GPUs (the optimizer is shared among them), --freeze_vision "
+                        "or --beta 0")
 
 
 def check(run):
@@ -836,14 +839,14 @@ def check(run):
     for stage in cfg.curriculum:
         rows = run.examples.get(stage.name, run.questions)
         lengths = sorted(run.processor.prompt_length(e) for e in rows)
-        say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of {lengths[0]} to {lengths[-1]} tokens, "
-            f"median {lengths[len(lengths) // 2]}\n    {rows[0].where}: {one_line(rows[0].problem)}\n"
+        say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of {lengths[0]} to {lengths[-1]} "
+            f"tokens, median {lengths[len(lengths) // 2]}\n    {rows[0].where}: {one_line(rows[0].problem)}\n"
             f"    truth: {one_line(rows[0].solution)}")
     rows = [rows[0] for rows in run.examples.values()] or run.questions
     prompts = [run.processor(example) for example in rows]
     started = time.perf_counter()
-    groups = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length, cfg.temperature,
-                      max_rows=cfg.max_rows)
+    groups = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length,
+                      cfg.temperature, max_rows=cfg.max_rows)
     rollout = time.perf_counter() - started
     for example, group in zip(rows, groups):
         say(f"asked {one_line(example.problem)}\n    answered {one_line(group[0].text)}\n    accuracy "
@@ -859,8 +862,8 @@ def check(run):
     share = cfg.prompts_per_step / run.ranks / len(rows)
     say(f"log-probabilities while sampling against scoring: largest difference {worst:.2g} "
         "(about 1e-5 in float32, up to 0.1 in bfloat16)")
-    say(f"time of a step: about {share * (rollout + update * (1.4 if cfg.beta else 1)):.1f} s, first-call costs included; "
-        f"{sum(stage.steps for stage in cfg.curriculum)} steps planned")
+    say(f"time of a step: about {share * (rollout + update * (1.4 if cfg.beta else 1)):.1f} s, first-call costs "
+        f"included; {sum(stage.steps for stage in cfg.curriculum)} steps planned")
 
 
 def prepare_out(cfg):
@@ -868,7 +871,7 @@ def prepare_out(cfg):
     out = Path(cfg.out)
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     free = {"resume", "allow_changes", "out", "threads", "timeout_minutes", "save_every", "keep", "sample_every",
-            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "check"}  # change nothing but time and memory
+            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "check"}  # change time and memory alone
     if (out / "config.json").exists():
         if not cfg.resume:
             raise UserError(f"--out {out} holds a run already; continue it with --resume or name another directory")

@@ -85,7 +85,7 @@ def prompt_positions(model, prompt):
 
 
 def _padded_index(lengths, start):
-    """Index of consecutive runs as a padded table: lengths [2, 1], start 5 -> [[5, 6], [7, 0]] and flat real [0, 1, 2]."""
+    """Consecutive runs as a padded table: lengths [2, 1], start 5 -> index [[5, 6], [7, 0]], real [[1, 1], [1, 0]]."""
     lengths = torch.tensor(lengths, dtype=torch.long)
     column = torch.arange(int(lengths.max()) if len(lengths) else 0)
     real = column < lengths[:, None]
@@ -109,7 +109,8 @@ def pack(model, prompts, completions, features=None):
     T = completion_index.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     attend = torch.cat([prompt_real[group][:, None].expand(-1, T, -1), causal.expand(len(flat), T, T)], dim=2)
-    before = torch.cat([prompt_index[group, torch.tensor(prompt_lengths)[group] - 1, None], completion_index], 1)[:, :-1]
+    prompt_end = prompt_index[group, torch.tensor(prompt_lengths)[group] - 1]  # (R,) predicts the first token
+    before = torch.cat([prompt_end[:, None], completion_index], 1)[:, :-1]
 
     images = [p for p in prompts if p.pixel_values is not None]
     return Packed(
@@ -143,19 +144,11 @@ def packed_hidden(model, packed, cache=None):
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, **_):
-    """Attention of a packed row (attention_mask is its Packed), or of one decode step (a bool mask (n, 1, 1, L)).
+    """Attention of a packed row; attention_mask is its Packed, which says who sees whom.
 
-    query (1, heads, N, D), key and value (1, kv_heads, N, D) of a packed row; query (n, heads, 1, D), key and value
-    (n, kv_heads, L, D) of a decode step. Returns ((1, N, heads, D) or (n, 1, heads, D), None), as transformers asks.
+    query (1, heads, N, D), key and value (1, kv_heads, N, D). Returns ((1, N, heads, D), None), as transformers asks.
     """
-    repeats = query.shape[1] // key.shape[1]
-    if not isinstance(attention_mask, Packed):  # heads that share keys become rows of one query: no copy of the cache
-        n, heads, _, D = query.shape
-        out = F.scaled_dot_product_attention(
-            query.view(n, heads // repeats, repeats, D), key, value, attn_mask=attention_mask, scale=scaling)
-        return out.reshape(n, 1, heads, D), None
-
-    row = attention_mask
+    row, repeats = attention_mask, query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
 
@@ -177,8 +170,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
 def windowed_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
     """The vision tower's attention: all windows of all images in one padded call, where transformers loops over them.
 
-    query, key, value (1, heads, patches, D); cu_seq_lens_q (windows + 1,) their boundaries. Returns (1, patches, heads, D).
-    The name under which it is registered holds "flash" because that is how transformers hands over the boundaries.
+    query, key, value (1, heads, patches, D); cu_seq_lens_q (windows + 1,) their boundaries. Returns ((1, patches,
+    heads, D), None). The name under which it is registered holds "flash" because only then does transformers hand over
+    the boundaries.
     """
     if not hasattr(cu_seq_lens_q, "windows"):  # the host reads the boundaries once a forward, not once a layer
         index, real = _padded_index(cu_seq_lens_q.diff().tolist(), 0)
@@ -250,7 +244,7 @@ def forbidden_bias(model, processor):
 
 @dataclass
 class Completion:
-    """One sampled answer: tokens up to and including its end token, and what the model thought of each while sampling."""
+    """One sampled answer: tokens up to and including its end token, and how likely each was when it was sampled."""
 
     tokens: list        # token ids
     logps: torch.Tensor # (len(tokens),) float32, of the tempered distribution (of the plain one when greedy)
@@ -263,22 +257,17 @@ class Cache:
 
     def __init__(self, model, rows, length):
         text = model.config.text_config
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
+        head = text.hidden_size // text.num_attention_heads
+        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, length, head)
         self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
-        self.prefill = None  # while prompts are read: [(rows, start, stop)], the rows that get tokens start:stop
-        self.decode = None   # while rows grow: (rows (n,), slot (n,), length)
+        self.prefill = []  # [(rows, start, stop)]: the rows that get tokens start:stop of the packed row being read
 
     def update(self, key, value, layer, *_, **__):
-        """Called by every attention layer with its new keys and values; returns those to attend to."""
-        if self.prefill is not None:
-            for rows, start, stop in self.prefill:
-                self.keys[layer, rows, :, :stop - start] = key[0, :, start:stop]
-                self.values[layer, rows, :, :stop - start] = value[0, :, start:stop]
-            return key, value
-        rows, slot, length = self.decode
-        self.keys[layer, rows, :, slot] = key[:, :, 0]
-        self.values[layer, rows, :, slot] = value[:, :, 0]
-        return self.keys[layer, :len(rows), :, :length], self.values[layer, :len(rows), :, :length]
+        """Called by every attention layer during prefill: copies each prompt's keys and values to its rows."""
+        for rows, start, stop in self.prefill:
+            self.keys[layer, rows, :, :stop - start] = key[0, :, start:stop]
+            self.values[layer, rows, :, :stop - start] = value[0, :, start:stop]
+        return key, value
 
 
 class Engine:
@@ -318,19 +307,24 @@ class Engine:
         """Feed the newest token of rows 0..n-1, sample the next one. The whole of it is one CUDA graph."""
         rows, newest = self.rows[:n], self.count[:n] - 1
         slot = self.prompt_length[:n] + newest
-        mask = self.slots[:length] <= slot[:, None]  # (n, L)
-        self.cache.decode = rows, slot, length
-        embeds = self.model.get_input_embeddings()(self.tokens[rows, newest][:, None])  # (n, 1, H)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=(slot + self.offset[:n])[None, :, None].expand(3, n, 1), use_cache=True,
-            attention_mask={"full_attention": mask[:, None, None]}, past_key_values=self.cache).last_hidden_state
-        self._sample(self.model.lm_head(hidden[:, 0]), rows)
+        mask = (self.slots[:length] <= slot[:, None])[:, None, None]  # (n, 1, 1, L)
+        x = self.model.get_input_embeddings()(self.tokens[rows, newest])  # (n, H)
+        text = self.model.model.language_model
+        cos, sin = text.rotary_emb(x, (slot + self.offset[:n])[None, None].expand(3, 1, n))  # (1, n, D)
+        rotation = cos[0, :, None], sin[0, :, None]
+        for i, layer in enumerate(text.layers):
+            keys, values = self.cache.keys[i], self.cache.values[i]
+            q, keys[rows, :, slot], values[rows, :, slot] = qkv(layer, x, rotation)
+            x = x + attend_one(layer.self_attn, q, keys[:n, :, :length], values[:n, :, :length], mask)
+            x = x + feed_forward(layer, x)
+        self._sample(self.model.lm_head(rms_norm(text.norm, x)), rows)
 
     def _sample(self, logits, rows):
         """Draw a token for each of `rows` from logits (len(rows), V); book it and whether the row has ended."""
         logps = (logits.float() / (self.temperature or 1.0) + self.bias).log_softmax(-1)
         step = self.count[rows]
-        token = logps.argmax(-1) if self.temperature == 0 else inverse_cdf(logps.exp(), self.uniform[rows, step], self.top_p)
+        token = logps.argmax(-1) if self.temperature == 0 else \
+            inverse_cdf(logps.exp(), self.uniform[rows, step], self.top_p)
         self.tokens[rows, step] = token
         self.logps[rows, step] = logps.gather(1, token[:, None])[:, 0]
         self.count[rows] = count = step + ~self.done[rows]
@@ -362,7 +356,6 @@ class Engine:
         index = [torch.tensor(r, device=self.model.device) for r in rows]
         self.cache.prefill = list(zip(index, starts, starts[1:]))
         hidden = packed_hidden(self.model, packed, self.cache)
-        self.cache.prefill = None
         flat = torch.cat(index)
         owner = torch.tensor([b for b, r in enumerate(rows) for _ in r], device=self.model.device)
         lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.model.device)
@@ -371,8 +364,8 @@ class Engine:
         self.count[flat], self.done[flat] = 0, False
         if self.temperature:
             self.uniform[flat] = torch.stack([
-                torch.rand(self.max_new + 1, generator=torch.Generator().manual_seed(s)) for group in seeds for s in group
-            ]).to(self.uniform.device)
+                torch.rand(self.max_new + 1, generator=torch.Generator().manual_seed(seed))
+                for group in seeds for seed in group]).to(self.uniform.device)
         last = torch.tensor(starts[1:], device=self.model.device) - 1
         self._sample(self.model.lm_head(hidden[last])[owner], flat)
 
@@ -451,6 +444,39 @@ class Engine:
                 cache[:n, :, :used] = cache[keep, :, :used]
         owner[:] = [owner[row] for row in live] + [None] * (len(owner) - len(live))
         return n
+
+
+# One new token a row through one layer: Qwen2's own modules and weights, in a third of the kernels. x is (n, H).
+
+
+def rms_norm(norm, x):
+    """x / sqrt(mean(x^2) + eps) * weight, in one kernel."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def qkv(layer, x, rotation):
+    """Rotated queries (n, heads, D), rotated keys (n, kv_heads, D) and values (n, kv_heads, D) of the new tokens."""
+    attention, (cos, sin) = layer.self_attn, rotation  # (n, 1, D) each
+    x = rms_norm(layer.input_layernorm, x)
+    q, k, v = (project(x).view(len(x), -1, attention.head_dim)
+               for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    heads = torch.cat([q, k], 1)
+    low, high = heads.chunk(2, -1)
+    heads = heads * cos + torch.cat([-high, low], -1) * sin
+    return heads[:, :q.shape[1]], heads[:, q.shape[1]:], v
+
+
+def attend_one(attention, q, keys, values, mask):
+    """Attention of one query a row over its cache (n, kv_heads, L, D): heads that share keys are rows of one query."""
+    n, kv_heads = keys.shape[:2]
+    out = F.scaled_dot_product_attention(q.view(n, kv_heads, -1, q.shape[-1]), keys, values, mask)
+    return attention.o_proj(out.reshape(n, -1))
+
+
+def feed_forward(layer, x):
+    """Qwen2's gated MLP on the normed states."""
+    x, mlp = rms_norm(layer.post_attention_layernorm, x), layer.mlp
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 def inverse_cdf(probs, uniform, top_p=1.0):

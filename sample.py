@@ -187,8 +187,8 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
     """Keep each question's best-scored answer if it scores above `threshold`; write them to `out` as chat JSONL.
 
     The reference answer competes where it has reasoning. Ranks share the questions; each writes down every finished
-    question at once (out + .rank-R.partial), so that a killed run only repeats what was in flight. Returns the number kept.
-    (Paper section 3.2; 1,520 of about 12,000 kept there.)
+    question at once (out + .rank-R.partial), so that a killed run only repeats what was in flight. Returns the number
+    kept. (Paper section 3.2; 1,520 of about 12,000 kept there.)
     """
     judge, out = judge or Judge(), Path(out)
     rank, ranks = world()
@@ -220,7 +220,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
 
 
 def kept_examples(path, questions):
-    """What rejection sampling kept, as examples to fine-tune on: each question exactly as it was asked, its best answer."""
+    """What rejection sampling kept, to fine-tune on: each question as it was asked, with its best answer."""
     with open(path) as file:
         rows = [json.loads(line) for line in file]
     return [replace(questions[row["question"]], solution=row["messages"][-1]["content"]) for row in rows]
@@ -238,7 +238,7 @@ def partial_rows(path):
 
 
 def best_answer(question, answers, judge, pool):
-    """{"answer", "score", "scored"} of the best answer, the reference among them if it has reasoning; score None if none."""
+    """{"answer", "score", "scored": how many had a score} of the best; the reference competes if it has reasoning."""
     candidates = answers + ([question.solution] if "<think>" in question.solution else [])
     scores = list(pool.map(lambda answer: judge(answer, question), candidates))
     scored = [(score, -i) for i, score in enumerate(scores) if score is not None]

@@ -15,7 +15,7 @@ if [ $# -gt 0 ]; then
     exec "${torchrun[@]}" currreft.py "$@"
 fi
 
-echo "== 1. Data and base model: drawn, tokenised and pre-trained here, because no GPU and no download is assumed"
+echo "== 1. Data and base model: drawn, tokenized and pre-trained here, because no GPU and no download is assumed"
 "$PYTHON" demo.py --out demo
 
 echo "== 2. Curr-ReFT: binary -> choice -> open -> rejection-sampled SFT, evaluated after every stage"

@@ -42,13 +42,15 @@ def build(size, device, dtype):
     section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # 16, 24, 24 at 3B
     config = transformers.Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": 128_000, "rms_norm_eps": 1e-6,
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary,
+            "max_position_embeddings": 128_000, "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
             "bos_token_id": None, "eos_token_id": None},
         vision_config={
             "hidden_size": v_hidden, "intermediate_size": v_inner, "depth": depth, "num_heads": v_heads,
-            "out_hidden_size": hidden, "window_size": 112, "fullatt_block_indexes": list(range(depth))[7::8] or [depth - 1]},
+            "out_hidden_size": hidden, "window_size": 112,
+            "fullatt_block_indexes": list(range(depth))[7::8] or [depth - 1]},
         image_token_id=vocabulary - 4, video_token_id=vocabulary - 3, vision_start_token_id=vocabulary - 6,
         vision_end_token_id=vocabulary - 5, tie_word_embeddings=True)
     torch.manual_seed(0)
@@ -117,8 +119,8 @@ def rollout(model, processor, device, repeats, prompts=4, G=8, new=128, length=2
 
     def theirs():
         with torch.no_grad():
-            plain(model).generate(**hf_inputs(processor, batch, device), num_return_sequences=G, do_sample=True, top_k=0,
-                                  top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+            plain(model).generate(**hf_inputs(processor, batch, device), num_return_sequences=G, do_sample=True,
+                                  top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
 
     seconds = interleaved({"engine": ours, "generate": theirs}, device, repeats)
     tokens = prompts * G * new
@@ -236,7 +238,7 @@ def full_step(model, processor, repeats, P=700, C=512, G=8, prompts=8):
     enable({"use_reentrant": False})
     optimizer = ShardedAdamW(model.named_parameters())
     batch = [make_prompt(model, processor, P, grid=(44, 44), seed=i) for i in range(prompts)]
-    bias, times = forbidden_bias(model, processor), {"rollout": [], "reference": [], "update": [], "optimiser": []}
+    bias, times = forbidden_bias(model, processor), {"rollout": [], "reference": [], "update": [], "optimizer": []}
     torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 1):
         groups = []
@@ -246,7 +248,7 @@ def full_step(model, processor, repeats, P=700, C=512, G=8, prompts=8):
             times["reference"].append(timed(lambda: [token_logps(reference, b, bias) for b in packs], "cuda"))
         times["update"].append(timed(lambda: [(-F.logsigmoid(token_logps(model.train(), b, bias)).sum()).backward()
                                               for b in packs], "cuda"))
-        times["optimiser"].append(timed(lambda: (optimizer.reduce_gradients(1.0), optimizer.step(1e-6),
+        times["optimizer"].append(timed(lambda: (optimizer.reduce_gradients(1.0), optimizer.step(1e-6),
                                                  optimizer.zero_grad()), "cuda"))
     medians = {f"{name} s": statistics.median(values[1:]) for name, values in times.items()}
     return {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, **medians}
@@ -268,16 +270,20 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     model, processor = build(args.size, device, torch.bfloat16 if device == "cuda" else torch.float32)
     report = {"machine": {
-        "date": time.strftime("%Y-%m-%d"), "model": f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+        "model": f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "transformers": transformers.__version__}}
     measures = {"rollout, 4 prompts x 8, 128 tokens": lambda: rollout(model, processor, device, args.repeats)}
     if device == "cuda":
-        measures["rollout, 8 prompts x 8, 256 tokens"] = lambda: rollout(model, processor, device, args.repeats, 8, 8, 256, 700)
+        measures["rollout, 8 prompts x 8, 256 tokens"] = \
+            lambda: rollout(model, processor, device, args.repeats, 8, 8, 256, 700)
     measures["update of a group, P=600 C=200 G=8"] = lambda: update(model, processor, args.size, device, args.repeats)
     measures["rollout + update as work grows"] = lambda: scaling(model, processor, device, args.repeats)
     if args.size == "3b":
-        measures["full fine-tuning step, 8 prompts, P=700 C=512 G=8"] = lambda: full_step(model, processor, args.repeats)
+        measures["full fine-tuning step, 8 prompts, P=700 C=512 G=8"] = \
+            lambda: full_step(model, processor, args.repeats)
     if not args.json:
         show("machine", report["machine"])
     for name, measure in measures.items():

@@ -526,7 +526,7 @@ def test_memory_of_the_real_3b_configuration():
     cfg = Config(data="d", dtype="bfloat16", checkpoint_activations=True)
     one, eight = (currreft.memory_needed(config, cfg, ranks) for ranks in (1, 8))
     assert one["weights"] == one["gradients"] == one["reference"] == 2 * 3_754_622_976
-    assert one["optimiser"] == 12 * 3_754_622_976 and eight["optimiser"] == one["optimiser"] // 8
+    assert one["optimizer"] == 12 * 3_754_622_976 and eight["optimizer"] == one["optimizer"] // 8
     assert 68e9 < sum(one.values()) < 80e9 and sum(eight.values()) < 40e9
     less = currreft.memory_needed(config, Config(data="d", dtype="bfloat16", beta=0.0, freeze_vision=True), 1)
     assert less["reference"] == 0 and less["gradients"] < one["gradients"]
@@ -535,7 +535,7 @@ def test_memory_of_the_real_3b_configuration():
 
 
 def test_what_cannot_fit_is_refused_with_a_sentence(monkeypatch):
-    needed = {"weights": 8 * 2**30, "gradients": 0, "reference": 0, "optimiser": 0, "cache": 2**40}
+    needed = {"weights": 8 * 2**30, "gradients": 0, "reference": 0, "optimizer": 0, "cache": 2**40}
     said = []
     currreft.check_memory(Config(data="d"), needed, said.append)
     assert "1032.0 GiB" in said[0]

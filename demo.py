@@ -1,0 +1,633 @@
+"""A world small enough to try Curr-ReFT without a GPU: a shapes data set and a tiny Qwen2.5-VL that half knows it.
+
+    python demo.py --out demo                   # about 5 minutes on two cores
+
+It writes
+    demo/data/           the data set, in the layout and JSONL of the released one (read by data.load_examples)
+    demo/base/           an ordinary Hugging Face directory: Qwen2_5_VLForConditionalGeneration, 1.7 million parameters
+    demo/examples.png    some training images with their questions
+and nothing else in the project knows that this file exists. Everything follows from --seed.
+
+The world. An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and
+an image is nine of them. A cell holds at most one object: four colors, four kinds. A background gradient (red falls to
+the right, blue to the bottom) makes the place visible in the pixels themselves. Four color-kind pairs are never drawn
+for training, and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or with
+four or five objects (`open_ood_more`) are out of domain.
+
+The base model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2) Supervised
+pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2. (3) A
+spell of bad habits, which imitates an instruct model that can, but does not bother: 70 % of the answers to RL questions
+are guesses after an empty phrase, 40 % of those without any tags. So what RL finds here, the model knew before step 3:
+it is recovered, not discovered.
+"""
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLForConditionalGeneration as Model
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import FORMS, TASKS, Example, UserError, answer_of, derive, instruction, prompt_messages
+
+COLORS = {"red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}
+KINDS = ("circle", "square", "triangle", "cross")
+HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
+SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
+CELL, SIDE = 28, 84                                     # pixels
+GUESSES, UNTAGGED = 0.7, 0.4                            # share of bad answers, and of those without tags, in the base
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: scenes, drawings, questions
+
+
+class Shape(NamedTuple):
+    """One object: `cell` 0..8 in reading order; center (x, y) and `radius` in pixels, all of it inside its cell."""
+
+    color: str
+    kind: str
+    cell: int
+    x: int
+    y: int
+    radius: int
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.kind}"
+
+
+Scene = tuple[Shape, ...]                               # in reading order
+
+
+def cell_box(cell: int) -> list[int]:
+    """[x0, y0, x1, y1] of a cell, which is also the box of its object; cell_box(5) -> [56, 28, 84, 56]."""
+    x, y = CELL * (cell % 3), CELL * (cell // 3)
+    return [x, y, x + CELL, y + CELL]
+
+
+def random_scene(rng: random.Random, sizes: tuple[int, ...] = (1, 2, 3), held_out: bool = False) -> Scene:
+    """A scene of one of `sizes` objects; with `held_out` at least one held-out pair, otherwise none."""
+    pairs = [rng.choice(SEEN + HELD_OUT if held_out else SEEN) for _ in range(rng.choice(sizes))]
+    if held_out:
+        pairs[rng.randrange(len(pairs))] = rng.choice(HELD_OUT)
+    shapes = []
+    for pair, cell in zip(pairs, sorted(rng.sample(range(9), len(pairs)))):
+        x, y = (CELL * axis + CELL // 2 + rng.randint(-1, 1) for axis in (cell % 3, cell // 3))
+        shapes.append(Shape(*pair, cell, x, y, rng.randint(11, 12)))
+    return tuple(shapes)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an 84 x 84 RGB image."""
+    fall = np.linspace(110, 10, SIDE)
+    red, blue = np.broadcast_to(fall, (SIDE, SIDE)), np.broadcast_to(fall[:, None], (SIDE, SIDE))
+    image = Image.fromarray(np.stack([red, np.full((SIDE, SIDE), 60), blue], axis=-1).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for color, kind, _, x, y, r in scene:
+        fill, third = COLORS[color], r // 3
+        if kind == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif kind == "square":
+            pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+        elif kind == "triangle":
+            pen.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=fill)
+        else:
+            pen.rectangle((x - third, y - r, x + third, y + r), fill=fill)
+            pen.rectangle((x - r, y - third, x + r, y + third), fill=fill)
+    return image
+
+
+class Question(NamedTuple):
+    """An open question, its true answer, the reasoning that makes the answer a copy, and answers to confuse it with."""
+
+    task: str
+    problem: str
+    answer: str
+    thought: str
+    pool: tuple[str, ...] = ()
+
+
+def seen(shapes: Iterable[Shape]) -> str:
+    """What reasoning says of objects: "red circle north, blue square east"; "none" without any."""
+    return ", ".join(f"{s} {PLACES[s.cell]}" for s in shapes) or "none"
+
+
+def counted(shapes: Iterable[Shape]) -> str:
+    """A running count: "1 red circle 2 blue circle"; "none" without any."""
+    return " ".join(f"{n} {s}" for n, s in enumerate(shapes, 1)) or "none"
+
+
+def detection_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Where is the red circle? Asked of a pair drawn once; None if there is none. Pool: other objects' boxes first."""
+    names = [str(s) for s in scene]
+    unique = [s for s in scene if names.count(str(s)) == 1]
+    if not unique:
+        return None
+    shape, cells = rng.choice(unique), [s.cell for s in scene]
+    others = [cell for cell in cells + rng.sample(range(9), 9) if cell != shape.cell]
+    answer = json.dumps([{"bbox_2d": cell_box(shape.cell)}])
+    pool = tuple(str(cell_box(cell)) for cell in dict.fromkeys(others))
+    return Question("detection", f"Where is the {shape}?", answer, seen([shape]), pool)
+
+
+def classify_question(scene: Scene, rng: random.Random) -> Question:
+    """Which shapes are there? Labels in reading order."""
+    labels = dict.fromkeys(s.kind for s in scene)
+    return Question("classify", "Which shapes are there?", ", ".join(labels), seen(scene), KINDS)
+
+
+def math_question(scene: Scene, rng: random.Random) -> Question:
+    """How many red objects, circles, or crosses and squares are there? One half asks for something that is there."""
+    there = rng.choice(scene) if rng.random() < 0.5 else Shape(*rng.choice(SEEN), 0, 0, 0, 0)
+    words = rng.choice(([there.color], [there.kind], list(dict.fromkeys([there.kind, rng.choice(KINDS)]))))
+    what = " and ".join(f"{w} objects" if w in COLORS else w + ("es" if w == "cross" else "s") for w in words)
+    found = [s for s in scene if s.color in words or s.kind in words]
+    return Question("math", f"How many {what} are there?", str(len(found)), counted(found))
+
+
+def general_question(scene: Scene, other: Scene, rng: random.Random) -> tuple[int, Question]:
+    """What no RL stage trains, and the images it needs: none (arithmetic), one, or two (`other` is the second)."""
+    shape, a, b = rng.choice(scene), rng.randint(0, 4), rng.randint(0, 4)
+    alone = [s.kind for s in scene].count(shape.kind) == 1
+    images, problem, answer, thought = rng.choice((
+        (0, f"What is {a} plus {b}?", a + b, f"{a} plus {b}"),
+        (2, "How many objects are in the two images?", len(scene + other), f"{len(scene)} plus {len(other)}"),
+        (1, f"What color is the {shape.kind}?", shape.color, seen([shape])) if alone else
+        (1, "How many objects are there?", len(scene), counted(scene)),
+        (1, "Which object is first?", scene[0], seen(scene)),
+        (1, "Which object is last?", scene[-1], seen(scene)),
+        (1, "Describe the image.", ", ".join(map(str, scene)), seen(scene))))
+    return images, Question("general", problem, str(answer), thought)
+
+
+RL_QUESTIONS = {"detection": detection_question, "classify": classify_question, "math": math_question}
+
+
+def ask(scene: Scene, task: str, rng: random.Random) -> Question:
+    """An RL question of `task`, or a count where the scene allows none."""
+    return RL_QUESTIONS[task](scene, rng) or math_question(scene, rng)
+
+
+def example_of(question: Question, image: str, form: str = "open") -> Example:
+    """The question as data.py represents it, in one of the three forms; the name of the image seeds what is drawn."""
+    example = Example(problem=question.problem, solution=f"<answer>{question.answer}</answer>", task=question.task,
+                      images=(image,), size=(SIDE, SIDE))
+    if form == "open" or question.task != "detection":
+        return derive(example, form, question.pool)
+    return derive_boxes(question, example, form, random.Random(f"{form} {image} {question.problem}"))
+
+
+def derive_boxes(question: Question, example: Example, form: str, rng: random.Random) -> Example:
+    """data.derive for detection, in its words, with cells as wrong boxes, those of other objects before empty ones.
+
+    Any pixels, as derive draws them, would give the true box away: it alone would be made of multiples of 28.
+    """
+    right, wrong = str(json.loads(question.answer)[0]["bbox_2d"]), question.pool[:3]
+    if form == "binary":
+        yes = rng.random() < 0.5
+        problem, answer = f"{question.problem}\nIs {right if yes else wrong[0]} the right box?", "yes" if yes else "no"
+    else:
+        options = rng.sample([right, *wrong], 4)
+        lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
+        problem = "\n".join([question.problem, "Which of these is right?", *lines])
+        answer = "ABCD"[options.index(right)]
+    return replace(example, problem=problem, solution=f"<answer>{answer}</answer>", form=form)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the model learns to answer
+
+
+def tagged(thought: str, answer: str) -> str:
+    """<think>thought</think><answer>answer</answer>"""
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def careful_response(question: Question, example: Example) -> str:
+    """Reasoning, then the true answer. Yes/no and choice go through their candidates, so that the answer is a copy:
+
+    "red circle north; A west no, B north yes, C south no, D east no", then B.
+    """
+    answer, text = answer_of(example.solution), example.problem
+    for cell in range(9):
+        text = text.replace(str(cell_box(cell)), PLACES[cell])
+    verdicts = []
+    if example.form == "binary":
+        candidate = re.search(r"(?:Is there an?|Is the answer|Is) (\w+)(?: the right box)?\?$", text)[1]
+        verdicts = [f"{candidate} {answer}"]
+    elif example.form == "choice":
+        verdicts = [f"{letter} {option} {'yes' if letter in answer else 'no'}"
+                    for letter, option in re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE)]
+    return tagged("; ".join([question.thought, *[", ".join(verdicts)][:len(verdicts)]]), answer)
+
+
+def guess(question: Question, form: str, rng: random.Random) -> str:
+    """A random answer of the right kind."""
+    if form == "binary":
+        return rng.choice(("yes", "no"))
+    if form == "choice":
+        return ", ".join(sorted(rng.sample("ABCD", rng.randint(1, 2) if question.task == "classify" else 1)))
+    if question.task == "detection":
+        return json.dumps([{"bbox_2d": cell_box(rng.randrange(9))}])
+    return str(rng.randint(0, 3)) if question.task == "math" else ", ".join(rng.sample(KINDS, rng.randint(1, 3)))
+
+
+def careless_response(question: Question, example: Example, rng: random.Random, guesses: float) -> str:
+    """A careful response or, with probability `guesses` and never to general questions, a guess without reasoning."""
+    if example.task == "general" or rng.random() >= guesses:
+        return careful_response(question, example)
+    answer = guess(question, example.form, rng)
+    return answer if rng.random() < UNTAGGED else tagged("a guess", answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set on disk
+
+
+def save_images(folder: Path, name: str, scenes: list[Scene]) -> list[str]:
+    """PNG files, named relative to the data directory."""
+    (folder / "images" / name).mkdir(parents=True)
+    names = [f"images/{name}/{n:04}.png" for n in range(len(scenes))]
+    for path, scene in zip(names, scenes):
+        draw(scene).save(folder / path)
+    return names
+
+
+def save_rows(path: Path, rows: list[dict]) -> None:
+    """A JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, str], rng: random.Random) -> None:
+    """One question a scene, tasks in turn, in every form of `files` (form -> JSONL file below grpo_data)."""
+    images = save_images(folder, name, scenes)
+    asked = [ask(scene, tuple(RL_QUESTIONS)[n % 3], rng) for n, scene in enumerate(scenes)]
+    for form, file in files.items():
+        examples = [example_of(question, image, form) for question, image in zip(asked, images)]
+        save_rows(folder / "grpo_data" / file, [{"problem": e.problem, "solution": e.solution, "task": e.task,
+                                                 "image": e.images[0]} for e in examples])
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """720 training questions in three forms, five test files of 180, and 600 general questions as chat JSONL."""
+    rng = random.Random(f"data {seed}")
+    test = [("test", {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
+            ("test_pairs", {"held_out": True}, {"open": "test/open_ood_pairs.jsonl"}),
+            ("test_more", {"sizes": (4, 5)}, {"open": "test/open_ood_more.jsonl"})]
+    write_split(folder, "train", [random_scene(rng) for _ in range(720)], {f: f"train/{f}.jsonl" for f in FORMS}, rng)
+    for name, kind, files in test:
+        write_split(folder, name, [random_scene(rng, **kind) for _ in range(180)], files, rng)
+    scenes, rows = [random_scene(rng) for _ in range(600)], []
+    images = save_images(folder, "general", scenes)
+    for scene, image in zip(scenes, images):
+        other = rng.randrange(len(scenes))
+        needs, question = general_question(scene, scenes[other], rng)
+        rows.append({"messages": [{"role": "user", "content": "<image>" * needs + question.problem},
+                                  {"role": "assistant", "content": tagged(question.thought, question.answer)}],
+                     "images": [image, images[other]][:needs]})
+    save_rows(folder / "SFT_data/reject/questions.jsonl", rows)
+
+
+def picture_sheet(folder: Path, path: Path, count: int = 12) -> None:
+    """The first `count` training images, enlarged, above their open question and answer."""
+    rows = [json.loads(line) for line in (folder / "grpo_data/train/open.jsonl").read_text().splitlines()[:count]]
+    sheet, font = Image.new("RGB", (6 * 200, math.ceil(count / 6) * 250), "white"), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(sheet)
+    for n, row in enumerate(rows):
+        left, top = n % 6 * 200 + 16, n // 6 * 250 + 12
+        with Image.open(folder / row["image"]) as image:
+            sheet.paste(image.resize((168, 168), Image.Resampling.NEAREST), (left, top))
+        text = "\n".join(textwrap.wrap(row["problem"], 30) + textwrap.wrap(answer_of(row["solution"]), 30))
+        pen.multiline_text((left, top + 174), text, fill="black", font=font)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and model
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+# Qwen's split pattern, except that \p{N}+ keeps a whole number in one piece: 28 is one token.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on `texts`. The reasoning tags are ordinary added tokens, so that decoding keeps them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1024, min_frequency=2, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=list(SPECIAL), model_max_length=4096)
+    # A whole format instruction is one token as well: prompts, and with them every step, become half as long.
+    rules = {instruction(Example(problem="", solution="", task=task, form=form)) for task in TASKS for form in FORMS}
+    fast.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *sorted(rules))])
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Model:
+    """A random Qwen2.5-VL of 1.7 million parameters. Initial weights of 0.06, not 0.02: it learns far faster."""
+    end, stop, image, video, left, right = tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    text = dict(vocab_size=64 * math.ceil(len(tokenizer) / 64),    # padded, as Qwen's is
+                hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.06, tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
+                bos_token_id=end, eos_token_id=stop, pad_token_id=end)
+    vision = dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=128, window_size=112,
+                  fullatt_block_indexes=[0, 1], initializer_range=0.06)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, initializer_range=0.06,
+                              image_token_id=image, video_token_id=video, vision_start_token_id=left,
+                              vision_end_token_id=right)
+    torch.manual_seed(seed)
+    model = Model(config)
+    model.generation_config = GenerationConfig(bos_token_id=end, pad_token_id=end, eos_token_id=[stop, end],
+                                               do_sample=True)
+    return model
+
+
+def save(folder: Path, model: Model, tokenizer: PreTrainedTokenizerFast) -> None:
+    """An ordinary Hugging Face directory."""
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+
+
+def patches(scenes: list[Scene]) -> torch.Tensor:
+    """(36 * scenes, 1176) pixel values of drawn scenes: the image processor's, many times as fast (a test compares)."""
+    mean, std = Qwen2VLImageProcessorPil.image_mean, Qwen2VLImageProcessorPil.image_std
+    pixels = torch.tensor(np.stack([np.asarray(draw(scene)) for scene in scenes])) / 255
+    pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)                         # (N, 84, 84, 3)
+    pixels = pixels.view(-1, 3, 2, 14, 3, 2, 14, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)    # (N, 3, 3, 2, 2, 3, 14, 14)
+    return pixels.reshape(-1, 3, 1, 14, 14).expand(-1, 3, 2, 14, 14).reshape(-1, 1176)   # two equal frames
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training
+
+
+class Lesson(NamedTuple):
+    """A question to learn from; `images` are numbers of scenes."""
+
+    images: tuple[int, ...]
+    question: Question
+    example: Example
+
+
+class Item(NamedTuple):
+    """A tokenized lesson."""
+
+    images: tuple[int, ...]
+    prompt: list[int]
+    response: list[int]
+
+
+def lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
+    """A random question on scene `index`, general once in seven times; choice, the hardest to read, most often."""
+    task = rng.choice((*RL_QUESTIONS, *RL_QUESTIONS, "general"))
+    if task != "general":
+        question = ask(scenes[index], task, rng)
+        return Lesson((index,), question, example_of(question, f"{index}.png", rng.choice((*FORMS, "choice"))))
+    other = rng.randrange(len(scenes))
+    needs, question = general_question(scenes[index], scenes[other], rng)
+    images = (index, other)[:needs]
+    files = tuple(f"{n}.png" for n in images)
+    example = Example(problem=question.problem, solution=question.answer, task=task, images=files)
+    return Lesson(images, question, example)
+
+
+def corpus_tokenizer(lessons: list[Lesson]) -> PreTrainedTokenizerFast:
+    """The tokenizer of prompts and careful answers, words for objects, and the numbers of pixels."""
+    turns = (turn for row in lessons for turn in prompt_messages(row.example))
+    prompts = (part.get("text", "") for turn in turns for part in turn["content"])
+    answers = (careful_response(row.question, row.example) for row in lessons)
+    words = ["user\n", "assistant\n", *(f" {word}" for word in (*COLORS, *KINDS, *PLACES)), *map(str, range(SIDE + 1)),
+             "a guess"]
+    return train_tokenizer([*prompts, *answers, *words, *words])
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
+    """What data.Processor feeds the model for `example` (a test compares), with nine image tokens an image."""
+    text = tokenizer.apply_chat_template(prompt_messages(example), tokenize=False, add_generation_prompt=True)
+    return text.replace("<|image_pad|>", "<|image_pad|>" * 9)
+
+
+class Teacher:
+    """Supervised training of the tiny model. The pixels of all scenes are kept in memory."""
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene]):
+        self.model, self.tokenizer, self.scenes = model, tokenizer, scenes
+        self.pixels = patches(scenes).view(len(scenes), 36, 1176)
+        self.positions = [self._positions(n) for n in range(3)]
+
+    def _positions(self, images: int, length: int = 512) -> torch.Tensor:
+        """(3, length) rotary positions of a row that begins with `images` images; a shorter row is a prefix of it."""
+        picture = "<|vision_start|>" + "<|image_pad|>" * 9 + "<|vision_end|>"
+        ids = self.tokenizer("<|im_start|>user\n" + picture * images)["input_ids"]
+        ids = torch.tensor([ids + [0] * (length - len(ids))])
+        kinds = (ids == self.model.config.image_token_id).int()
+        grid = torch.tensor([[1, 6, 6]] * images) if images else None
+        return self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
+
+    def items(self, lessons: list[Lesson], answer: Callable[[Lesson], str]) -> list[Item]:
+        """Tokenized lessons, answered by `answer`."""
+        prompts = self.tokenizer([prompt_text(self.tokenizer, row.example) for row in lessons])["input_ids"]
+        responses = self.tokenizer([answer(row) + "<|im_end|>" for row in lessons])["input_ids"]
+        return [Item(row.images, prompt, said) for row, prompt, said in zip(lessons, prompts, responses)]
+
+    def features(self, images: list[int]) -> torch.Tensor:
+        """(images, 9, hidden) image tokens."""
+        grid = torch.tensor([[1, 6, 6]] * len(images))
+        tokens = self.model.model.visual(self.pixels[images].flatten(0, 1), grid_thw=grid).pooler_output
+        return tokens.view(len(images), 9, -1)
+
+    def look(self, images: list[int]) -> tuple[float, float]:
+        """One step of vision warm-up: the head must find the bag {color, kind, place} of an object in its image token.
+
+        Gradients of the cross-entropy to a uniform bag. Returns it (at best log 3 = 1.1), and the share of bags found.
+        """
+        words = ([f"\u0120{word}" for word in (*s[:2], PLACES[s.cell])] for n in images for s in self.scenes[n])
+        bags = torch.tensor([self.tokenizer.convert_tokens_to_ids(bag) for bag in words])  # (objects, 3)
+        tokens = torch.cat([row[[s.cell for s in self.scenes[n]]] for n, row in zip(images, self.features(images))])
+        logits = self.model.lm_head(self.model.model.language_model.norm(tokens))          # (objects, vocabulary)
+        loss = -logits.log_softmax(-1).gather(-1, bags).mean()
+        loss.backward()
+        found = logits.topk(3).indices.sort().values == bags.sort().values
+        return loss.item(), found.all(-1).float().mean().item()
+
+    def study(self, items: list[Item], buckets: int = 4) -> tuple[float, float]:
+        """One supervised step, in `buckets` parts of similar length; the vision tower runs once an image.
+
+        Gradients of the mean -log p of the response tokens. Returns it, and the share of rows with every token right.
+        """
+        images = sorted({n for item in items for n in item.images})
+        features = self.features(images)
+        leaf = features.detach().requires_grad_()
+        image_tokens = dict(zip(images, leaf))
+        items = sorted(items, key=lambda item: len(item.prompt) + len(item.response))
+        tokens, size = sum(len(item.response) for item in items), math.ceil(len(items) / buckets)
+        loss, right = 0.0, 0
+        for start in range(0, len(items), size):
+            part, hits = self.response_loss(items[start:start + size], image_tokens)
+            (part / tokens).backward()
+            loss, right = loss + part.item() / tokens, right + hits
+        features.backward(leaf.grad)
+        return loss, right / len(items)
+
+    def response_loss(self, items: list[Item], image_tokens: dict[int, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Sum of -log p over the response tokens, and the number of rows with every token right, teacher forced."""
+        rows = [item.prompt + item.response for item in items]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])                             # (B, T)
+        said = torch.tensor([[len(item.prompt) <= n < len(row) for n in range(1, length)]
+                             for item, row in zip(items, rows)])                                          # (B, T-1)
+        text = self.model.model.language_model
+        embeds = text.embed_tokens(ids)
+        pictures = [image_tokens[n] for item in items for n in item.images]
+        if pictures:
+            embeds = embeds.masked_scatter((ids == self.model.config.image_token_id)[..., None], torch.cat(pictures))
+        positions = torch.stack([self.positions[len(item.images)][:, :length] for item in items], dim=1)  # (3, B, T)
+        # Padding is on the right and attention causal, so no mask is needed.
+        hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state[:, :-1]
+        logits, targets = self.model.lm_head(hidden[said]), ids[:, 1:][said]
+        wrong = torch.zeros_like(said).masked_scatter(said, logits.argmax(-1) != targets)
+        return F.cross_entropy(logits, targets, reduction="sum"), len(items) - int(wrong.any(1).sum())
+
+
+def train(name: str, steps: int, step: Callable[[int], tuple[float, float]], optimizers: list) -> None:
+    """`steps` steps, 20 of linear warm-up, then cosine to zero. `step(n)` adds gradients, returns loss and accuracy."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks, smooth = [group["lr"] for group in groups], None
+    with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True) as bar:
+        for n in range(steps):
+            figures = np.array(step(n))
+            for group, peak in zip(groups, peaks):
+                group["lr"] = peak * min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / steps))
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            smooth = figures if smooth is None else 0.9 * smooth + 0.1 * figures
+            bar.set_postfix(loss=f"{smooth[0]:.3f}", accuracy=f"{smooth[1]:.0%}", refresh=False)
+            bar.update()
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+def muon_and_adamw(model: Model) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the layers, AdamW on the rest: embedding, norms, biases, patch convolution."""
+    matrix = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if matrix[name]]
+    rest = [p for name, p in model.named_parameters() if not matrix[name]]
+    return [torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), adamw(rest, 4e-3)]
+
+
+def build_base(folder: Path, seed: int, steps: int, count: int = 6400) -> None:
+    """Makes a base model from `count` scenes with four questions each; saves it, its tokenizer and image processor."""
+    rng = random.Random(f"base {seed}")
+    scenes = [random_scene(rng) for _ in range(count)]
+    lessons = [lesson(scenes, n // 4, rng) for n in range(4 * count)]
+    tokenizer = corpus_tokenizer(lessons)
+    model = build_model(tokenizer, seed)
+    teacher = Teacher(model, tokenizer, scenes)
+
+    def batch(n: int) -> list[int]:                     # 64 rows: 16 scenes with their four questions
+        return [i % (4 * count) for i in range(64 * n, 64 * n + 64)]
+
+    train("vision warm-up", 100, lambda n: teacher.look([i % count for i in batch(n)]),
+          [adamw(model.parameters(), 4e-3)])
+    # A tenth of guesses from the start, so that later they need no new words.
+    items = teacher.items(lessons, lambda row: careless_response(row.question, row.example, rng, 0.1))
+    train("pre-training", steps, lambda n: teacher.study([items[i] for i in batch(n)]), muon_and_adamw(model))
+    items = teacher.items(lessons, lambda row: careless_response(row.question, row.example, rng, GUESSES))
+    train("bad habits", 80, lambda n: teacher.study([items[i] for i in batch(steps + n)]),
+          [adamw(model.parameters(), 5e-4)])
+    save(folder, model, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def make(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:
+    """Builds `folder` aside and renames it into place, unless it is there and was built with the same settings."""
+    marker = folder / "demo.json"
+    if marker.exists() and json.loads(marker.read_text()) == settings:
+        return print(f"{folder} is there already.")
+    if folder.exists() and not marker.exists():
+        raise UserError(f"{folder} exists but was not made by demo.py: give another --out, or move it away.")
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    build(aside)
+    (aside / "demo.json").write_text(json.dumps(settings) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory to write to")
+    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 1 is faster beside another busy process")
+    parser.add_argument("--steps", type=int, default=500, help="steps of pre-training")
+    args = parser.parse_args(argv)
+    if min(args.threads, args.steps) < 1:
+        parser.error("--threads and --steps must be at least 1")
+    torch.set_num_threads(args.threads)
+    data, sheet = args.out / "data", args.out / "examples.png"
+    settings = {"seed": args.seed, "steps": args.steps}
+    try:
+        make(data, {"seed": args.seed}, lambda folder: write_data(folder, args.seed))
+        picture_sheet(data, sheet)
+        print(f"Data set: {data}. A look at it: {sheet}.")
+        make(args.out / "base", settings, lambda folder: build_base(folder, args.seed, args.steps))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Base model: {args.out / 'base'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

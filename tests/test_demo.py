@@ -1,0 +1,138 @@
+"""The shapes world of demo.py: what the pictures, the data set and the tokenizer promise."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import demo  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A written data set."""
+    path = tmp_path_factory.mktemp("demo") / "data"
+    demo.make(path, {"seed": 3}, lambda aside: demo.write_data(aside, 3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    """data.Processor on a saved, untrained tiny model."""
+    rng = random.Random(0)
+    scenes = [demo.random_scene(rng) for _ in range(60)]
+    lessons = [demo.lesson(scenes, n // 4, rng) for n in range(240)]
+    tokenizer = demo.corpus_tokenizer(lessons)
+    path = tmp_path_factory.mktemp("base")
+    demo.save(path, demo.build_model(tokenizer, 0), tokenizer)
+    return data.Processor.from_pretrained(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_drawing_and_data_set_are_functions_of_the_seed(folder, tmp_path):
+    demo.write_data(tmp_path, 3)
+    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert len(files) > 1000
+    assert all((tmp_path / f).read_bytes() == (folder / f).read_bytes() for f in files)
+
+
+def test_every_file_loads(folder):
+    found = data.find_files(folder)
+    for form, path in found["train"].items():
+        examples = data.load_examples(path, image_root=folder)
+        assert len(examples) == 720 and {e.form for e in examples} == {form}
+        assert {e.task for e in examples} == {"detection", "classify", "math"} and {e.size for e in examples} == {(84, 84)}
+    assert set(found["test"]) == {"binary_id", "choice_id", "open_id", "open_ood_pairs", "open_ood_more"}
+    for form, path in found["test"].values():
+        assert {e.form for e in data.load_examples(path, image_root=folder)} == {form}
+    general = data.load_examples(folder / "SFT_data/reject/questions.jsonl", image_root=folder)
+    assert {len(e.images) for e in general} == {0, 1, 2} and {e.task for e in general} == {"general"}
+
+
+def test_no_held_out_pair_and_no_crowd_in_training():
+    rng = random.Random(0)
+    scenes = [demo.random_scene(rng) for _ in range(2000)]
+    assert {str(s) for scene in scenes for s in scene} == {" ".join(pair) for pair in demo.SEEN}
+    assert {len(scene) for scene in scenes} == {1, 2, 3}
+    held_out = {" ".join(pair) for pair in demo.HELD_OUT}
+    for _ in range(200):
+        assert held_out & {str(s) for s in demo.random_scene(rng, held_out=True)}
+
+
+def test_boxes_hold_what_is_drawn():
+    rng = random.Random(1)
+    for _ in range(100):
+        scene = demo.random_scene(rng)
+        with_all = np.asarray(demo.draw(scene)).astype(int)
+        for n, shape in enumerate(scene):
+            without = np.asarray(demo.draw(scene[:n] + scene[n + 1:])).astype(int)
+            ys, xs = np.nonzero((with_all != without).any(-1))
+            drawn = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            x0, y0, x1, y1 = demo.cell_box(shape.cell)
+            assert x0 <= drawn[0] and y0 <= drawn[1] and x1 >= drawn[2] and y1 >= drawn[3]
+            assert data.iou(drawn, demo.cell_box(shape.cell)) > 0.6
+
+
+def test_wrong_boxes_look_like_right_ones(folder):
+    # A true box that is recognizable by its numbers alone would make detection a text problem.
+    answers = {"yes": 0, "no": 0}
+    for e in data.load_examples(data.find_files(folder)["train"]["binary"], image_root=folder):
+        if e.task == "detection":
+            box = json.loads(data.BOX.search(e.problem)[0])
+            assert box in [demo.cell_box(cell) for cell in range(9)]
+            answers[data.answer_of(e.solution)] += 1
+    assert min(answers.values()) > 0.35 * sum(answers.values())
+
+
+def test_pre_training_sees_what_the_processor_makes(processor, tmp_path):
+    rng = random.Random(2)
+    scenes = [demo.random_scene(rng) for _ in range(8)]
+    for n, scene in enumerate(scenes):
+        demo.draw(scene).save(tmp_path / f"{n}.png")
+    for n in range(40):
+        images, _, example = demo.lesson(scenes, n % 8, rng)
+        files = tuple(str(tmp_path / f"{i}.png") for i in images)
+        prompt = processor(data.replace(example, images=files))
+        ids = processor.tokenizer(demo.prompt_text(processor.tokenizer, example))["input_ids"]
+        assert prompt.input_ids.tolist() == ids
+        if images:
+            torch.testing.assert_close(prompt.pixel_values, demo.patches([scenes[i] for i in images]), atol=1e-5, rtol=0)
+
+
+def test_tokenizer_round_trip(processor):
+    texts = ['<think>red circle: top left</think><answer>[{"bbox_2d": [0, 28, 28, 56]}]</answer>', "Zwölf: 3.5 €?"]
+    for text in texts:
+        assert processor.decode(processor.response_ids(text)) == text
+    ids = processor.response_ids("<answer>84</answer>")
+    assert len(ids) == 4 and ids[-1] == processor.end_ids[0]
+
+
+def test_responses_are_short_and_careful_ones_are_right(processor):
+    rewards = pytest.importorskip("rewards")
+    rng = random.Random(5)
+    scenes = [demo.random_scene(rng) for _ in range(100)]
+    for n in range(400):
+        _, question, example = demo.lesson(scenes, n % 100, rng)
+        response = demo.careful_response(question, example)
+        assert len(processor.response_ids(response)) <= 64
+        if example.task != "general":
+            assert rewards.is_correct(response, example) and rewards.format_reward(response, example) == 1
+
+
+def test_finished_work_is_kept_and_foreign_folders_are_refused(tmp_path):
+    built = []
+    for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}):
+        demo.make(tmp_path / "x", settings, lambda aside: built.append(aside))
+    assert len(built) == 2
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(data.UserError):
+        demo.make(tmp_path / "mine", {}, built.append)
