@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +45,7 @@ from tqdm import tqdm
 from data import FORMS, VOC_LABELS, Processor, UserError, batch_indices, derive, find_files, labels_of, load_examples
 from engine import SelectedLogps, forbidden_bias, generate, image_features, load_policy, pack, packed_hidden
 from rewards import accuracy_reward, format_reward
-from sample import Judge, evaluate, gather, kept_examples, rejection_sample, results_table, world
+from sample import Judge, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table, world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
@@ -58,7 +59,7 @@ class Config:
     data: str = ""  # directory with grpo_data/{train,test} and SFT_data/reject, or {train,test}
     image_root: str = ""  # directory that image paths are relative to (default: --data)
     task: str = ""  # task of rows that name none: detection, classify or math
-    out: str = "runs/curr-reft"  # run directory; an existing one is an error unless --resume
+    out: str = "runs/curr-reft"  # run directory, shared by all nodes; an existing one is an error unless --resume
     resume: bool = False  # continue the run in --out where it stopped
     allow_changes: bool = False  # resume although settings differ from those the run began with
 
@@ -388,9 +389,7 @@ class ShardedAdamW:
                     master = self.masters[name]
                     if "master" in state:
                         master.copy_(state.pop("master"))
-                    self.adam.state[master] = {
-                        key: value.clone() if key == "step" else value.to(master.device, copy=True)
-                        for key, value in state.items()}
+                    self.adam.state[master] = {k: v.to(master.device, copy=True) for k, v in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,7 +434,6 @@ class Run:
 
     def load_reference(self, path):
         """The KL reference: the checkpoint at `path`, frozen; none where beta is 0."""
-        self.reference = None
         if self.cfg.beta:
             self.reference = load_policy(path, self.device, self.policy.dtype, self.cfg.max_pixels)[0]
             self.reference.requires_grad_(False)
@@ -462,9 +460,8 @@ class Run:
                             self.policy, prompt.pixel_values.to(self.device), prompt.image_grid_thw.to(self.device))
 
     def pack(self, prompts, completions):
-        """engine.pack on this rank's device, with the features of `encode_images` where there are any."""
-        features = [p.features for p in prompts if getattr(p, "features", None) is not None]
-        return pack(self.policy, prompts, completions, torch.cat(features) if features else None).to(self.device)
+        """engine.pack on this rank's device."""
+        return pack(self.policy, prompts, completions).to(self.device)
 
     def accuracy_reward(self, text, example):
         """rewards.accuracy_reward with this run's settings."""
@@ -508,8 +505,9 @@ class Run:
                **{f"seconds_{name}": value for name, value in slowest.items()},
                "tokens_per_second": tokens / next(iter(slowest.values()))}
         if self.rank == 0:
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+                file.write(json.dumps(rounded) + "\n")
             self._show(stage, row)
         return means
 
@@ -540,6 +538,7 @@ class Run:
         path, aside = Path(path), Path(path).with_name(f".writing-{Path(path).name}")
         problem = None
         if self.rank == 0:
+            sync(self.out / "metrics.jsonl")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         gather(None)  # the folder exists for everybody
@@ -584,6 +583,10 @@ class Run:
             self.recent, self.skipped, self.bad_in_a_row = state["recent"], state["skipped"], state["bad_in_a_row"]
             self.optimizer_files = sorted(path.glob("optimizer-*.pt"))
         self.global_step = state["global_step"]
+        if len(set(gather((state["stage"], state["stage_step"])))) > 1:
+            raise UserError(f"--out {self.out} must be a directory that all nodes share; they see different checkpoints")
+        if state["stage"] > len(self.cfg.curriculum):
+            raise UserError(f"--out {self.out} has already finished more stages than --stages names")
         if self.rank == 0 and (self.out / "metrics.jsonl").exists():  # drop what was logged after the checkpoint
             rows = read_jsonl(self.out / "metrics.jsonl")
             write_aside(self.out / "metrics.jsonl",
@@ -603,19 +606,19 @@ class Run:
             self.optimizer.load(self.optimizer_files)
         else:
             self.recent = []
+        self.reference = None  # free the last stage's first
         if stage.forms:
             self.load_reference(self.stage_dir(stage.index - 1 if self.cfg.reference == "stage" else -1))
-        elif self.reference is not None:
-            self.reference = None  # SFT has none
         do_step = grpo_step if stage.forms else sft_step
         self.bar = tqdm(total=stage.steps, initial=first, desc=stage.name, dynamic_ncols=True) \
             if self.rank == 0 and sys.stderr.isatty() else None
         for step in range(first, stage.steps):
             means = self.log(stage, step, *do_step(self, stage, step))
-            if self.stopping:
+            reached = self.reached_threshold(means.get("reward/accuracy", 0.0))
+            if self.stopping and not reached and step + 1 < stage.steps:
                 self.save(self.out / "checkpoints" / f"{self.global_step:07d}", stage.index, step + 1)
                 raise Stopped
-            if self.reached_threshold(means.get("reward/accuracy", 0.0)):
+            if reached:
                 self.say(f"{stage.name}: mean accuracy reward {sum(self.recent) / len(self.recent):.3f} over the last "
                          f"{len(self.recent)} steps, next stage")
                 break
@@ -630,10 +633,12 @@ class Run:
         mean = sum(self.recent) / len(self.recent)
         return bool(self.cfg.advance_at) and len(self.recent) == window and mean >= self.cfg.advance_at
 
-    def self_improve(self, stage):
+    def self_improve(self, stage, first):
         """Phase 2: sample answers to the questions, judge them, keep the best; returns the kept as SFT examples."""
-        self.say(f"{stage.name}: sampling {self.cfg.reject_samples} answers to each of {len(self.questions)} questions")
         kept = self.out / f"rejected-{stage.index + 1}.jsonl"
+        if first:  # fine-tuning has begun on what was kept
+            return kept_examples(kept, self.questions)
+        self.say(f"{stage.name}: sampling {self.cfg.reject_samples} answers to each of {len(self.questions)} questions")
         count = rejection_sample(
             self.policy, self.processor, self.questions, kept, judge=Judge(self.cfg.judge_url, self.cfg.judge_model),
             samples=self.cfg.reject_samples, threshold=self.cfg.reject_threshold, max_rows=self.cfg.max_rows,
@@ -648,8 +653,8 @@ class Run:
     def evaluate(self, name):
         """Greedy accuracy on every test split; adds a row to results.json unless it is there already."""
         file = self.out / "results.json"
-        rows = json.loads(file.read_text())["rows"] if file.exists() else []
-        if not self.tests or name in [row["name"] for row in rows]:
+        rows = json.loads(file.read_text())["rows"] if self.rank == 0 and file.exists() else []
+        if gather(not self.tests or name in [row["name"] for row in rows])[0]:
             return
         splits, predictions = evaluate(
             self.policy, self.processor, self.tests, max_completion_length=self.cfg.max_completion_length,
@@ -682,17 +687,6 @@ def learning_rate(cfg, stage, step, base):
 def one_line(text, limit=300):
     """Model text made safe and short for a terminal: no control characters, no line breaks."""
     return "".join(c if c.isprintable() else " " for c in text[:limit]) + ("..." if len(text) > limit else "")
-
-
-def read_jsonl(path):
-    """Rows of a JSONL file that this program wrote; a torn last line (the writer was killed) is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def write_aside(path, text):
@@ -780,15 +774,16 @@ def derive_all(examples, form, pool, cfg):
 
 def refuse_long_prompts(cfg, processor, examples):
     """The examples whose prompts fit; UserError if any does not, unless --skip_bad_rows drops and counts them."""
-    long = [e for e in examples if processor.prompt_length(e) > cfg.max_prompt_length]
+    lengths = [processor.prompt_length(e) for e in examples]
+    long = [f"{e.where} ({n} tokens)" for e, n in zip(examples, lengths) if n > cfg.max_prompt_length]
     if long and not (cfg.skip_bad_rows and len(long) < len(examples)):
-        named = ", ".join(f"{e.where} ({processor.prompt_length(e)} tokens)" for e in long[:5])
+        named = ", ".join(long[:5])
         raise UserError(f"{len(long)} prompts are longer than --max_prompt_length {cfg.max_prompt_length}: {named}. "
                         "Raise it, lower --max_pixels, or drop them with --skip_bad_rows")
     if long and world()[0] == 0:
         print(f"dropped {len(long)} of {len(examples)} prompts longer than {cfg.max_prompt_length} tokens",
               file=sys.stderr)
-    return [e for e in examples if e not in long] if long else examples
+    return [e for e, n in zip(examples, lengths) if n <= cfg.max_prompt_length]
 
 
 def memory_needed(config, cfg, ranks, prompt_length=None):
@@ -817,10 +812,11 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
     return {"weights": total * width, "gradients": trained * width, "reference": total * width * (cfg.beta > 0),
             "optimizer": trained * (8 + 4 * (width == 2)) // ranks,
             "cache": rows * (P + C) * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
-            "activations": activations, "logits": 3 * 4 * 2**26 + text.vocab_size * text.hidden_size * width}
+            "activations": activations,  # then chunks of logits, and the head's gradient in two widths
+            "logits": 3 * 4 * 2**26 + text.vocab_size * text.hidden_size * (width + 4)}
 
 
-def check_memory(cfg, needed, say):
+def check_memory(needed, say):
     """Say what a run will need per GPU; UserError where weights, gradients and optimizer alone cannot fit."""
     parts = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items() if size > 2**27)
     say(f"memory per process, estimated: {sum(needed.values()) / 2**30:.1f} GiB ({parts or 'all small'})")
@@ -842,7 +838,9 @@ def check(run):
         say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of {lengths[0]} to {lengths[-1]} "
             f"tokens, median {lengths[len(lengths) // 2]}\n    {rows[0].where}: {one_line(rows[0].problem)}\n"
             f"    truth: {one_line(rows[0].solution)}")
-    rows = [rows[0] for rows in run.examples.values()] or run.questions
+    rows = [rows[0] for rows in run.examples.values()] or run.questions[:1]
+    if run.questions:
+        Judge(cfg.judge_url, cfg.judge_model).probe()
     prompts = [run.processor(example) for example in rows]
     started = time.perf_counter()
     groups = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length,
@@ -911,6 +909,8 @@ def setup(cfg):
         torch.set_num_threads(cfg.threads)
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"{local + 1} processes were started, but there are {torch.cuda.device_count()} GPUs: one each")
     if cuda:
         torch.cuda.set_device(local)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -924,12 +924,13 @@ def setup(cfg):
 def train(cfg):
     """The whole run: data, base evaluation, every stage of the curriculum, pictures."""
     device = setup(cfg)
-    processor = Processor.from_pretrained(cfg.model, cfg.max_pixels)
     examples, tests, questions = load_data(cfg)
+    processor = Processor.from_pretrained(cfg.model, cfg.max_pixels)
     run = Run(cfg, device)
     run.examples = {name: refuse_long_prompts(cfg, processor, rows) for name, rows in examples.items()}
     run.tests, run.questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
-    check_memory(cfg, memory_needed(transformers.AutoConfig.from_pretrained(cfg.model), cfg, run.ranks), run.say)
+    config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    check_memory(memory_needed(config, cfg, run.ranks), run.say)
     if cfg.check:
         return check(run)
     if run.rank == 0:
@@ -941,7 +942,7 @@ def train(cfg):
     for stage in cfg.curriculum[first_stage:]:
         first = first_step if stage.index == first_stage else 0
         if stage.name == "reject":
-            run.examples["reject"] = run.self_improve(stage)
+            run.examples["reject"] = run.self_improve(stage, first)
         run.train_stage(stage, first)
         run.save(run.stage_dir(stage.index), stage.index + 1, 0)
         run.evaluate(stage.label)
@@ -954,12 +955,13 @@ def finish(run):
     from pictures import curves, sheet
     curves([run.out], run.out / "curves.png", "reward" if any(s.forms for s in run.cfg.curriculum) else "loss")
     predictions = run.out / "predictions"
-    if predictions.exists():
+    if run.tests:
         last = json.loads((run.out / "results.json").read_text())["rows"][-1]["name"]
         sheet(read_jsonl(predictions / f"{last}.jsonl")[:24], run.out / "sheet.png")
         print(results_table([run.out]))
-    print(f"model    {run.stage_dir(len(run.cfg.curriculum) - 1)}\npictures {run.out / 'curves.png'} "
-          f"{run.out / 'sheet.png'}\nmetrics  {run.out / 'metrics.jsonl'}")
+    pictures = " ".join(map(str, sorted(run.out.glob("*.png"))))
+    print(f"model    {run.stage_dir(len(run.cfg.curriculum) - 1)}\npictures {pictures}\n"
+          f"metrics  {run.out / 'metrics.jsonl'}")
 
 
 def main(argv=None):
@@ -968,20 +970,29 @@ def main(argv=None):
     try:
         train(parse_args(argv))
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(1)  # rank 0 says what all of them found; another speaks only if it outlives rank 0
-        code = 1 if isinstance(error, RunError) else 2
-        print(f"currreft: {error}", file=sys.stderr, flush=True)
-        sys.exit(code)
+        leave(str(error), 1 if isinstance(error, RunError) else 2)
     except Stopped:
-        print("currreft: stopped by SIGTERM, everything is saved; continue with --resume", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGTERM)
+        leave("stopped by SIGTERM, everything is saved; continue with --resume", 128 + signal.SIGTERM)
     except OSError as error:
-        print(f"currreft: {error}; what was finished is kept, continue with --resume", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave(f"{error}; what was finished is kept, continue with --resume", 1)
+    except torch.OutOfMemoryError as error:
+        leave(f"out of GPU memory ({str(error).splitlines()[0]}). Lower --micro_batch or --max_rows, or add "
+              "--checkpoint_activations, and continue with --resume", 1)
+    except Exception:  # a defect of this program: its traceback, and no waiting for other ranks
+        leave(traceback.format_exc(), 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(sentence, code):
+    """Say why and end this process at once: a rank that tidied up first would wait for ranks that wait for it."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(1)  # rank 0 says what all of them found; another speaks only if it outlives rank 0
+    print(f"currreft{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
+    if dist.is_initialized() and world()[1] > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

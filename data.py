@@ -108,7 +108,7 @@ class Processor:
         if max_pixels < MIN_PIXELS:
             raise UserError(f"max_pixels is {max_pixels}, but an image takes at least {MIN_PIXELS}.")
         try:
-            model_type = AutoConfig.from_pretrained(path).model_type
+            model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         except Exception as error:                      # not narrower: a broken tokenizer.json raises Exception itself

@@ -286,7 +286,7 @@ def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, s
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """720 training questions in three forms, five test files of 180, and 600 general questions as chat JSONL."""
+    """720 training questions in three forms, six test files of 180, and 600 general questions as chat JSONL."""
     rng = random.Random(f"data {seed}")
     test = [("test", {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
             ("test_pairs", {"held_out": True}, {"open": "test/open_ood_pairs.jsonl"}),
@@ -294,15 +294,21 @@ def write_data(folder: Path, seed: int) -> None:
     write_split(folder, "train", [random_scene(rng) for _ in range(720)], {f: f"train/{f}.jsonl" for f in FORMS}, rng)
     for name, kind, files in test:
         write_split(folder, name, [random_scene(rng, **kind) for _ in range(180)], files, rng)
-    scenes, rows = [random_scene(rng) for _ in range(600)], []
-    images = save_images(folder, "general", scenes)
+    for name, count, file in (("general", 600, "SFT_data/reject/questions.jsonl"),
+                              ("test_general", 180, "grpo_data/test/general.jsonl")):
+        write_general(folder, name, [random_scene(rng) for _ in range(count)], file, rng)
+
+
+def write_general(folder: Path, name: str, scenes: list[Scene], file: str, rng: random.Random) -> None:
+    """A general question about each scene, some with a second image and some with none, as chat JSONL."""
+    rows, images = [], save_images(folder, name, scenes)
     for scene, image in zip(scenes, images):
         other = rng.randrange(len(scenes))
         needs, question = general_question(scene, scenes[other], rng)
         rows.append({"messages": [{"role": "user", "content": "<image>" * needs + question.problem},
                                   {"role": "assistant", "content": tagged(question.thought, question.answer)}],
                      "images": [image, images[other]][:needs]})
-    save_rows(folder / "SFT_data/reject/questions.jsonl", rows)
+    save_rows(folder / file, rows)
 
 
 def picture_sheet(folder: Path, path: Path, count: int = 12) -> None:

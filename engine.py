@@ -28,7 +28,7 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     """
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"{path}: a {config.model_type} model; --model needs a Qwen2.5-VL checkpoint")
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
@@ -62,7 +62,8 @@ class Packed:
     completion_index: torch.Tensor # (R, T) where in the row each completion token lies, 0 where padded
     completion_real: torch.Tensor  # (tokens of completions,) flat places in (R, T) that are not padding
     group: torch.Tensor            # (R,) the prompt of each completion
-    attend: torch.Tensor           # (R, 1, T, P + T) True where a completion token sees a prompt or an own token
+    attend: torch.Tensor           # (R, 1, T * repeats, P + T) 0 where a completion token sees a prompt or own token,
+                                   # else -inf; a line for each of the query heads that share keys
     predictor: torch.Tensor        # (tokens of completions,) where the token lies whose output predicts each of them
     mask: torch.Tensor             # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
     pixel_values: torch.Tensor | None = None  # (patches, 1176)
@@ -93,11 +94,11 @@ def _padded_index(lengths, start):
     return torch.where(real, first[:, None] + column, 0), real
 
 
-def pack(model, prompts, completions, features=None):
+def pack(model, prompts, completions):
     """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
 
-    A group without completions is prefilled only. features: (image tokens, H) of all images of these prompts in order,
-    used in place of the pixels. Works on the CPU; move the result with .to(device).
+    A group without completions is prefilled only. A prompt's `features` (image tokens, H), where it has them, are used
+    in place of its pixels. Works on the CPU; move the result with .to(device).
     """
     flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
     prompt_lengths = [len(p.input_ids) for p in prompts]
@@ -108,11 +109,15 @@ def pack(model, prompts, completions, features=None):
     completion_index, completion_real = _padded_index([len(c) for c in flat], sum(prompt_lengths))
     T = completion_index.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    attend = torch.cat([prompt_real[group][:, None].expand(-1, T, -1), causal.expand(len(flat), T, T)], dim=2)
+    sees = torch.cat([prompt_real[group][:, None].expand(-1, T, -1), causal.expand(len(flat), T, T)], dim=2)
+    attend = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, float("-inf"))
+    text = model.config.text_config
+    attend = attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
     prompt_end = prompt_index[group, torch.tensor(prompt_lengths)[group] - 1]  # (R,) predicts the first token
     before = torch.cat([prompt_end[:, None], completion_index], 1)[:, :-1]
 
     images = [p for p in prompts if p.pixel_values is not None]
+    features = [p.features for p in images if hasattr(p, "features")]
     return Packed(
         input_ids=torch.cat([p.input_ids for p in prompts] + flat),
         position_ids=torch.cat(
@@ -120,8 +125,9 @@ def pack(model, prompts, completions, features=None):
         prompt_index=prompt_index, prompt_real=prompt_real.flatten().nonzero()[:, 0],
         completion_index=completion_index, completion_real=completion_real.flatten().nonzero()[:, 0],
         group=group, attend=attend[:, None], predictor=before[completion_real], mask=completion_real.float(),
-        pixel_values=torch.cat([p.pixel_values for p in images]) if images and features is None else None,
-        image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None, features=features)
+        pixel_values=torch.cat([p.pixel_values for p in images]) if images and not features else None,
+        image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None,
+        features=torch.cat(features) if features else None)
 
 
 def image_features(model, pixel_values, image_grid_thw):
@@ -148,21 +154,20 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
 
     query (1, heads, N, D), key and value (1, kv_heads, N, D). Returns ((1, N, heads, D), None), as transformers asks.
     """
-    row, repeats = attention_mask, query.shape[1] // key.shape[1]
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    row, heads, kv_heads = attention_mask, query.shape[1], key.shape[1]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D), (N, kv_heads, D)
 
-    def attention(q, k, v, **kwargs):  # all (batch, tokens, heads, D)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling, **kwargs).transpose(1, 2)
+    k_prompt, v_prompt = (x[row.prompt_index].transpose(1, 2) for x in (key, value))  # (B, kv_heads, P, D)
+    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k_prompt, v_prompt))
+    out = F.scaled_dot_product_attention(query[row.prompt_index].transpose(1, 2), k, v, is_causal=True, scale=scaling)
+    out = out.transpose(1, 2).flatten(0, 1)[row.prompt_real]  # (tokens of prompts, heads, D)
 
-    k_prompt, v_prompt = key[row.prompt_index], value[row.prompt_index]  # (B, P, heads, D)
-    out = attention(query[row.prompt_index], k_prompt, v_prompt, is_causal=True)
-    out = out.flatten(0, 1)[row.prompt_real]
-    if len(row.group):
-        k_own, v_own = key[row.completion_index], value[row.completion_index]  # (R, T, heads, D)
-        own = attention(query[row.completion_index], torch.cat([k_prompt[row.group], k_own], 1),
-                        torch.cat([v_prompt[row.group], v_own], 1), attn_mask=row.attend)
+    if len(row.group):  # query heads that share keys become lines of one query, so that keys are not copied for each
+        q = query[row.completion_index].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+        k, v = (torch.cat([prompt[row.group], own[row.completion_index].transpose(1, 2)], 2)
+                for prompt, own in ((k_prompt, key), (v_prompt, value)))  # (R, kv_heads, P + T, D)
+        own = F.scaled_dot_product_attention(q, k, v, attn_mask=row.attend, scale=scaling)
+        own = own.unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3)  # (R, T, heads, D)
         out = torch.cat([out, own.flatten(0, 1)[row.completion_real]])
     return out[None], None
 
@@ -284,13 +289,13 @@ class Engine:
         self.temperature, self.top_p = temperature, top_p
         self.capture = device.type == "cuda" if capture is None else capture
         # Reading `done` stalls a GPU, and a captured step has a fixed number of slots: ask seldom, grow in large steps.
-        self.stride, self.bucket = (16, 256) if device.type == "cuda" else (4, 64)
+        self.stride, self.bucket = (16, 256) if device.type == "cuda" else (4, 16)
         self.length = -(-length // self.bucket) * self.bucket
         self.cache = Cache(model, rows, self.length)
         self.bias = forbidden_bias(model, processor)
         self.end_ids = torch.tensor(processor.end_ids, device=device)
         self.rows, self.slots = torch.arange(rows, device=device), torch.arange(self.length, device=device)
-        self.graphs, self.pool = {}, None
+        self.graphs, self.pool, self.side = {}, None, torch.cuda.Stream() if self.capture else None
 
         def table(*shape, dtype=torch.long):
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -328,18 +333,17 @@ class Engine:
         self.tokens[rows, step] = token
         self.logps[rows, step] = logps.gather(1, token[:, None])[:, 0]
         self.count[rows] = count = step + ~self.done[rows]
-        self.done[rows] |= torch.isin(token, self.end_ids) | (count == self.max_new)
+        self.done[rows] |= (token[:, None] == self.end_ids).any(1) | (count == self.max_new)
 
     def step(self, n, length):
         """One decode step: replayed from a CUDA graph where there is one, recorded on first use."""
         if not self.capture:
             return self._decode(n, length)
         if (n, length) not in self.graphs:
-            side = torch.cuda.Stream()  # capture needs warm libraries: this first step is a real one, run eagerly
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):  # capture needs warm libraries: this first step is real, but eager
                 self._decode(n, length)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             self.graphs[n, length] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self._decode(n, length)
@@ -351,7 +355,7 @@ class Engine:
 
     def _admit(self, prompts, rows, seeds):
         """Prefill prompts once each and start their completions: rows and seeds are a list for each prompt."""
-        packed = pack(self.model, prompts, [[] for _ in prompts], self._features(prompts)).to(self.model.device)
+        packed = pack(self.model, prompts, [[] for _ in prompts]).to(self.model.device)
         starts = [0, *torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0).tolist()]
         index = [torch.tensor(r, device=self.model.device) for r in rows]
         self.cache.prefill = list(zip(index, starts, starts[1:]))
@@ -369,14 +373,9 @@ class Engine:
         last = torch.tensor(starts[1:], device=self.model.device) - 1
         self._sample(self.model.lm_head(hidden[last])[owner], flat)
 
-    def _features(self, prompts):
-        """Features of the prompts' images where all of them were encoded before (frozen vision tower), else None."""
-        known = [getattr(p, "features", None) for p in prompts if p.pixel_values is not None]
-        return torch.cat(known) if known and all(f is not None for f in known) else None
-
     @torch.no_grad()
-    def run(self, prompts, seeds, on_finish=None):
-        """Complete each prompt once for each of its seeds: seeds is a list of lists of ints. Returns Completions alike.
+    def run(self, prompts, lengths, seeds, on_finish=None):
+        """Complete each prompt (`lengths` tokens long) once for each of its seeds; returns a list of Completions each.
 
         on_finish(prompt number, its Completions) is called as soon as a prompt's last completion has ended.
         """
@@ -388,7 +387,7 @@ class Engine:
             free = [row for row in range(n) if owner[row] is None]
             # Prefill in batches: wait until a quarter of the rows is free, unless nothing is left to do meanwhile.
             if waiting and (4 * len(free) >= n or len(free) == n):
-                self._fill(prompts, seeds, waiting, free, owner)
+                self._fill(prompts, lengths, seeds, waiting, free, owner)
             if not waiting:
                 n = self._compact(owner, n)
             reach = int((self.prompt_length + self.count)[:n].max()) + self.stride
@@ -398,12 +397,12 @@ class Engine:
             self._harvest(results, owner, n, on_finish)
         return results
 
-    def _fill(self, prompts, seeds, waiting, free, owner, token_budget=16_384):
+    def _fill(self, prompts, lengths, seeds, waiting, free, owner, token_budget=16_384):
         """Move waiting prompts into free rows, packed into prefills of at most `token_budget` tokens."""
         while waiting and len(seeds[waiting[0]]) <= len(free):
             batch, budget = [], token_budget
             while waiting and len(seeds[waiting[0]]) <= len(free):
-                budget -= len(prompts[waiting[0]].input_ids)
+                budget -= lengths[waiting[0]]
                 if batch and budget < 0:
                     break
                 number = waiting.popleft()
@@ -493,22 +492,40 @@ def inverse_cdf(probs, uniform, top_p=1.0):
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
+class Prompts:
+    """Examples as prompts that are made when asked for: pixels of a whole test set would not fit in memory."""
+
+    def __init__(self, processor, examples):
+        self.processor, self.examples = processor, examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        return self.processor(self.examples[i])
+
+    def lengths(self):
+        """Tokens of each prompt, read off the images' headers."""
+        return [self.processor.prompt_length(example) for example in self.examples]
+
+
 def generate(model, processor, prompts, num_generations=1, max_completion_length=512, temperature=1.0, top_p=1.0,
              seeds=None, max_rows=64, on_finish=None):
-    """Sample `num_generations` completions of each prompt (data.Prompt); returns a list of Completions for each.
+    """Sample `num_generations` completions of each prompt (a list of data.Prompt, or Prompts): a list of lists.
 
     temperature 0 is greedy. seeds: for each prompt a list of num_generations ints; 0, 1, 2, .. unless given.
     max_rows: completions in flight; more prompts wait and enter as rows finish. The model must be in eval mode.
     """
-    if not prompts:
+    if len(prompts) == 0:
         return []
     if seeds is None:
         seeds = [[i * num_generations + g for g in range(num_generations)] for i in range(len(prompts))]
     rows = max(num_generations, min(max_rows, num_generations * len(prompts)))
-    length = max(len(p.input_ids) for p in prompts) + max_completion_length
+    lengths = prompts.lengths() if isinstance(prompts, Prompts) else [len(p.input_ids) for p in prompts]
+    length = max(lengths) + max_completion_length
     settings = (rows, max_completion_length, temperature, top_p)
     engine = getattr(model, "engine", None)  # its cache and graphs serve every later call alike
     if engine is None or engine.settings != settings or engine.length < length:
-        model.engine = None  # free the old cache before the new one is made
+        engine = model.engine = None  # free the old cache before the new one is made
         engine = model.engine = Engine(model, processor, length, *settings)
-    return engine.run(prompts, seeds, on_finish)
+    return engine.run(prompts, lengths, seeds, on_finish)

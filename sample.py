@@ -12,19 +12,20 @@ import json
 import math
 import os
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import TASKS, Example, UserError, load_examples, load_image, model_size
-from engine import generate, load_policy
+from data import FORMS, TASKS, Example, UserError, load_examples, load_image, model_size
+from engine import Prompts, generate, load_policy
 from rewards import extract_answer, format_reward, is_correct, parse_boxes, quality_score
 
 
@@ -42,19 +43,6 @@ def gather(value):
     return values
 
 
-class Prompts:
-    """Examples as prompts that are made when asked for: pixels of a whole test set would not fit in memory."""
-
-    def __init__(self, processor, examples):
-        self.processor, self.examples = processor, examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, i):
-        return self.processor(self.examples[i])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -69,8 +57,8 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, processor, examples, *, samples=1, temperature=0.0, max_completion_length=512, max_rows=64, seed=0,
-             on_finish=None, description="evaluate"):
+def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.0, max_completion_length=512, max_rows=64,
+             seed=0, on_finish=None, description="evaluate"):
     """Strict accuracy of `samples` answers to each example; greedy by default. Ranks share the work.
 
     Returns (splits, predictions) on every rank. splits: {split: {task or "all": {n, accuracy, format, length,
@@ -89,8 +77,8 @@ def evaluate(model, processor, examples, *, samples=1, temperature=0.0, max_comp
 
     groups = generate(
         model, processor, Prompts(processor, [examples[i] for i in mine]), samples, max_completion_length, temperature,
-        seeds=[[(seed << 40) + i * samples + s for s in range(samples)] for i in mine],
-        max_rows=max(max_rows, samples), on_finish=finished)
+        top_p=top_p, seeds=[[(seed << 40) + i * samples + s for s in range(samples)] for i in mine],
+        max_rows=max_rows, on_finish=finished)
     bar.close()
     rows = [(i, prediction(examples[i], o, temperature)) for i, group in zip(mine, groups) for o in group]
     rows = sorted((row for share in gather(rows) for row in share), key=lambda row: row[0])
@@ -145,7 +133,7 @@ class Judge:
               'Reply with JSON alone: {"score": NUMBER}')
 
     def __init__(self, url="", model="", retries=3, timeout=60.0):
-        self.url, self.model, self.retries, self.timeout = url, model, retries, timeout
+        self.url, self.model, self.retries, self.timeout, self.problem = url, model, retries, timeout, ""
 
     def __call__(self, completion, example):
         if not self.url:
@@ -153,30 +141,33 @@ class Judge:
         for attempt in range(self.retries):
             try:
                 return parse_score(self._ask(completion, example))
-            except (OSError, ValueError, KeyError, IndexError, TypeError):  # unreachable, or not what was asked for
+            except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+                self.problem = f"{type(error).__name__}: {error}"  # unreachable, or not what was asked for
                 time.sleep(min(2**attempt, 8) * 0.25)
         return None
+
+    def probe(self):
+        """UserError if the endpoint does not score a plain case: better now than after hours of sampling."""
+        case = Example(problem="What is 1 + 1?", solution="2")
+        if self("<think>1 + 1 = 2</think><answer>2</answer>", case) is None:
+            raise UserError(f"--judge_url {self.url}: no usable reply ({self.problem})")
 
     def _ask(self, completion, example):
         case = json.dumps({"question": example.problem, "reference": example.solution, "answer": completion})
         body = {"model": self.model, "temperature": 0,
                 "messages": [{"role": "system", "content": self.prompt}, {"role": "user", "content": case}]}
-        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if key := os.environ.get("JUDGE_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = json.loads(response.read(1_000_000))
         return reply["choices"][0]["message"]["content"]
 
 
 def parse_score(reply):
-    """The number under "score" in a judge's reply, which may wrap its JSON in prose; ValueError unless in [0, 100]."""
+    """The number under "score" in a judge's reply, which may wrap its JSON in prose; an error unless in [0, 100]."""
     text = str(reply)[:20_000]
-    try:
-        score = json.loads(text[text.index("{"):text.rindex("}") + 1])["score"]
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    score = json.loads(text[text.index("{"):text.rindex("}") + 1])["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 100:
         raise ValueError(f"no score from 0 to 100: {text[:80]!r}")
     return float(score)
@@ -191,32 +182,34 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
     kept. (Paper section 3.2; 1,520 of about 12,000 kept there.)
     """
     judge, out = judge or Judge(), Path(out)
+    judge.probe()
     rank, ranks = world()
-    if not out.exists():
-        done = {row["index"] for file in out.parent.glob(f"{out.name}.rank-*.partial") for row in partial_rows(file)}
-        mine = [i for i in range(rank, len(questions), ranks) if i not in done]
-        gather(None)  # everybody has read the files before anybody appends to one
-        bar = tqdm(total=len(mine), desc="rejection sampling", disable=None if rank == 0 else True, leave=False)
-        with open(f"{out}.rank-{rank}.partial", "a") as file, ThreadPoolExecutor(8) as pool:
-            def finished(number, group):
-                row = best_answer(questions[mine[number]], [o.text for o in group], judge, pool)
-                file.write("\n" + json.dumps({"index": mine[number], **row}))  # a newline first ends a torn line
+    done = gather(set(scored_rows(out)) if rank == 0 else None)[0]  # read before anybody appends
+    mine = [i for i in range(rank, len(questions), ranks) if i not in done]
+    bar = tqdm(total=len(mine), desc="rejection sampling", disable=None if rank == 0 else True, leave=False)
+    lock, pending = threading.Lock(), []
+    with open(f"{out}.rank-{rank}.partial", "a") as file, ThreadPoolExecutor(8) as pool:
+        def score(index, answers):
+            row = {"index": index, **best_answer(questions[index], answers, judge)}
+            with lock:
+                file.write("\n" + json.dumps(row))  # a newline first ends a torn line
                 file.flush()
                 bar.update()
-                if on_finish:
-                    on_finish()
 
-            model.eval()
-            generate(model, processor, Prompts(processor, [questions[i] for i in mine]), samples, max_completion_length,
-                     temperature, seeds=[[(seed + i * samples + s) % 2**63 for s in range(samples)] for i in mine],
-                     max_rows=max(max_rows, samples), on_finish=finished)
-        bar.close()
-        gather(None)
-        if rank == 0:
-            merge_partials(out, questions, threshold, judge)
-        gather(None)
-    with open(out) as file:
-        return sum(1 for _ in file)
+        def finished(number, group):  # a slow judge works beside the decoding
+            pending.append(pool.submit(score, mine[number], [o.text for o in group]))
+            if on_finish:
+                on_finish()
+
+        model.eval()
+        generate(model, processor, Prompts(processor, [questions[i] for i in mine]), samples, max_completion_length,
+                 temperature, seeds=[[(seed + i * samples + s) % 2**63 for s in range(samples)] for i in mine],
+                 max_rows=max_rows, on_finish=finished)
+        for future in pending:
+            future.result()
+    bar.close()
+    gather(None)
+    return gather(merge_partials(out, questions, threshold) if rank == 0 else None)[0]
 
 
 def kept_examples(path, questions):
@@ -226,8 +219,8 @@ def kept_examples(path, questions):
     return [replace(questions[row["question"]], solution=row["messages"][-1]["content"]) for row in rows]
 
 
-def partial_rows(path):
-    """The complete rows of a file whose writer may have been killed."""
+def read_jsonl(path):
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line."""
     rows = []
     for line in Path(path).read_text().splitlines():
         try:
@@ -237,25 +230,32 @@ def partial_rows(path):
     return rows
 
 
-def best_answer(question, answers, judge, pool):
+def scored_rows(out):
+    """{question number: row} of what every rank has written down and the judge has scored."""
+    files = sorted(out.parent.glob(f"{out.name}.rank-*.partial"))
+    return {row["index"]: row for file in files for row in read_jsonl(file) if row["scored"]}
+
+
+def best_answer(question, answers, judge):
     """{"answer", "score", "scored": how many had a score} of the best; the reference competes if it has reasoning."""
     candidates = answers + ([question.solution] if "<think>" in question.solution else [])
-    scores = list(pool.map(lambda answer: judge(answer, question), candidates))
+    scores = [judge(answer, question) for answer in candidates]
     scored = [(score, -i) for i, score in enumerate(scores) if score is not None]
     score, place = max(scored, default=(None, 0))
     return {"answer": candidates[-place], "score": score, "scored": len(scored)}
 
 
-def merge_partials(out, questions, threshold, judge):
-    """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent."""
-    rows = {row["index"]: row for file in out.parent.glob(f"{out.name}.rank-*.partial") for row in partial_rows(file)}
-    if questions and not any(row["scored"] for row in rows.values()):
-        raise UserError(f"--judge_url {judge.url}: no usable reply to any of {len(questions)} questions")
+def merge_partials(out, questions, threshold):
+    """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent; returns how many."""
+    rows, kept = scored_rows(out), 0
+    if len(rows) < len(questions):
+        print(f"{len(questions) - len(rows)} of {len(questions)} questions got no score from the judge: left out",
+              file=sys.stderr)
     aside = out.with_name(f".writing-{out.name}")
     with open(aside, "w") as file:
         for index, row in sorted(rows.items()):
-            if row["score"] is not None and row["score"] > threshold:
-                question = questions[index]
+            if row["score"] > threshold:
+                question, kept = questions[index], kept + 1
                 file.write(json.dumps({
                     "messages": [{"role": "user", "content": question.problem},
                                  {"role": "assistant", "content": row["answer"]}],
@@ -264,6 +264,7 @@ def merge_partials(out, questions, threshold, judge):
         file.flush()
         os.fsync(file.fileno())
     aside.rename(out)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +287,8 @@ def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""
     model, processor = load_policy(args.model, args.device, max_pixels=args.max_pixels)
     example = Example(problem=args.question, solution="", task=args.task, form="open", images=tuple(args.image))
-    (group,) = generate(model, processor, [processor(example)], 1, args.max_completion_length, args.temperature)
+    (group,) = generate(model, processor, [processor(example)], 1, args.max_completion_length, args.temperature,
+                        args.top_p)
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
@@ -305,7 +307,7 @@ def evaluate_files(args):
                              max_pixels=args.max_pixels)
         examples += [replace(example, split=Path(path).stem) for example in rows]
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
-    splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature,
+    splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature, top_p=args.top_p,
                                    max_completion_length=args.max_completion_length)
     Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in predictions))
     print(json.dumps(splits, indent=1))
@@ -325,7 +327,7 @@ def main(argv=None):
     files.add_argument("--data", nargs="+", required=True, help="JSONL files")
     files.add_argument("--image_root")
     files.add_argument("--task", default="", help="task of rows that name none")
-    files.add_argument("--form", choices=("binary", "choice", "open"), default="open")
+    files.add_argument("--form", choices=FORMS, help="form of the questions (default: by the file's name)")
     files.add_argument("--samples", type=int, default=1, help="answers to each question; more than 1 give pass@k")
     files.add_argument("--out", default="predictions.jsonl")
     runs = commands.add_parser("compare", help="tables and curves of several runs side by side", allow_abbrev=False)
@@ -337,6 +339,7 @@ def main(argv=None):
         command.add_argument("--max_pixels", type=int, default=401_408)
         command.add_argument("--max_completion_length", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+        command.add_argument("--top_p", type=float, default=1.0, help="sample from so much probability only")
         command.set_defaults(function=function)
     runs.set_defaults(function=compare)
     args = parser.parse_args(argv)

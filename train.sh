@@ -4,11 +4,11 @@
 #   bash train.sh                                       the demo: about 15 minutes on 2 CPU cores, nothing else needed
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
 #
-# RANKS: processes (default: the GPUs, or 2 on a CPU). THREADS: CPU threads of each in the demo (default 1).
+# RANKS: processes (default: the GPUs, or 1 on a CPU). THREADS: CPU threads in the demo (default 2; 1 beside other work).
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh
-RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 torchrun=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS")
 
 if [ $# -gt 0 ]; then
@@ -16,16 +16,15 @@ if [ $# -gt 0 ]; then
 fi
 
 echo "== 1. Data and base model: drawn, tokenized and pre-trained here, because no GPU and no download is assumed"
-"$PYTHON" demo.py --out demo
+"$PYTHON" demo.py --out demo --threads "${THREADS:-2}"
 
 echo "== 2. Curr-ReFT: binary -> choice -> open -> rejection-sampled SFT, evaluated after every stage"
 resume=$([ -f runs/demo/config.json ] && echo --resume || true)
-"${torchrun[@]}" currreft.py --model demo/base --data demo/data --out runs/demo $resume --threads "${THREADS:-1}" \
+"${torchrun[@]}" currreft.py --model demo/base --data demo/data --out runs/demo $resume --threads "${THREADS:-2}" \
     --stages binary:100 choice:100 open:200 reject:40 \
     --prompts_per_step 8 --num_generations 8 --micro_batch 8 --max_completion_length 64 --lr 1e-4 --sft_lr 1e-4 \
     --lr_schedule constant --soft_iou
 
 echo "== 3. Ask the trained model about a picture; the box it finds is drawn"
-image=$(ls demo/data/images/test/*.png | head -n 1)
-"$PYTHON" sample.py answer --model runs/demo/stages/4-reject --image "$image" --task detection \
-    --question "Where is the red circle?" --out runs/demo/answer.png --max_completion_length 64
+"$PYTHON" sample.py answer --model runs/demo/stages/4-reject --image demo/data/images/test/0000.png --task detection \
+    --question "Where is the blue cross?" --out runs/demo/answer.png --max_completion_length 64

@@ -192,6 +192,8 @@ def peak_memory(model, processor, size, device, P, C, G, separate):
     process = context.Process(target=_peak, args=(there, size, P, C, G, separate))
     process.start()
     process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the memory measure ended with exit code {process.exitcode}")
     return here.recv()
 
 
@@ -275,7 +277,8 @@ def main(argv=None):
         "hardware": torch.cuda.get_device_name() if device == "cuda" else
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "transformers": transformers.__version__}}
-    measures = {"rollout, 4 prompts x 8, 128 tokens": lambda: rollout(model, processor, device, args.repeats)}
+    measures = {f"rollout, 4 prompts of {P} tokens x 8, 128 new tokens":
+                lambda P=P: rollout(model, processor, device, args.repeats, length=P) for P in (100, 600)}
     if device == "cuda":
         measures["rollout, 8 prompts x 8, 256 tokens"] = \
             lambda: rollout(model, processor, device, args.repeats, 8, 8, 256, 700)

@@ -537,12 +537,12 @@ def test_memory_of_the_real_3b_configuration():
 def test_what_cannot_fit_is_refused_with_a_sentence(monkeypatch):
     needed = {"weights": 8 * 2**30, "gradients": 0, "reference": 0, "optimizer": 0, "cache": 2**40}
     said = []
-    currreft.check_memory(Config(data="d"), needed, said.append)
+    currreft.check_memory(needed, said.append)
     assert "1032.0 GiB" in said[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 6 * 2**30}))
     with pytest.raises(UserError, match="8.0 GiB on each GPU, which has 6.0"):
-        currreft.check_memory(Config(data="d"), needed, said.append)
+        currreft.check_memory(needed, said.append)
 
 
 def test_check_trains_nothing_and_shows_what_a_careful_person_would_look_at(flags, tmp_path, capsys):

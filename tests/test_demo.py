@@ -51,7 +51,7 @@ def test_every_file_loads(folder):
         examples = data.load_examples(path, image_root=folder)
         assert len(examples) == 720 and {e.form for e in examples} == {form}
         assert {e.task for e in examples} == {"detection", "classify", "math"} and {e.size for e in examples} == {(84, 84)}
-    assert set(found["test"]) == {"binary_id", "choice_id", "open_id", "open_ood_pairs", "open_ood_more"}
+    assert set(found["test"]) == {"binary_id", "choice_id", "open_id", "open_ood_pairs", "open_ood_more", "general"}
     for form, path in found["test"].values():
         assert {e.form for e in data.load_examples(path, image_root=folder)} == {form}
     general = data.load_examples(folder / "SFT_data/reject/questions.jsonl", image_root=folder)

@@ -1,0 +1,260 @@
+"""Evaluation, pass@k, the judge and rejection sampling, and the command line around them."""
+
+import itertools
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_checkpoint, tiny_data
+
+import sample
+from data import Example, UserError, find_files, load_examples
+from engine import Completion, load_policy
+from rewards import is_correct
+from sample import Judge, evaluate, kept_examples, main, parse_score, pass_at_k, rejection_sample, summarize
+
+RIGHT, WRONG = "<think>1 + 1 = 2</think><answer>2</answer>", "<think>hm</think><answer>3</answer>"
+CASE = Example(problem="1 + 1?", solution="<answer>2</answer>")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(policy, processor, checkpoint, test examples, questions)."""
+    path = tmp_path_factory.mktemp("world")
+    checkpoint, data = tiny_checkpoint(path / "model"), tiny_data(path / "data")
+    files = find_files(data)
+    tests = [replace(e, split=split) for split, (form, file) in files["test"].items()
+             for e in load_examples(file, image_root=data, form=form)]
+    return *load_policy(checkpoint), checkpoint, tests, load_examples(files["questions"], image_root=data)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let `generate` answer RIGHT or WRONG by a function of (prompt number, sample number)."""
+    def script(answer):
+        def generate(model, processor, prompts, n, *args, seeds, max_rows, on_finish, **_):
+            groups = []
+            for i in range(len(prompts)):
+                groups.append([Completion([1, 2], torch.zeros(2), False, answer(i, s)) for s in range(n)])
+                on_finish(i, groups[-1])
+            return groups
+        monkeypatch.setattr(sample, "generate", generate)
+    return script
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 2), (6, 6)])
+def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n, c):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
+def test_pass_at_k_refuses_what_cannot_be(n, c, k):
+    with pytest.raises(ValueError):
+        pass_at_k(n, c, k)
+
+
+def test_evaluation_counts_what_the_strict_scorer_says(world, scripted):
+    policy, processor, _, _, _ = world
+    examples = [replace(CASE, split="id"), replace(CASE, split="id"), replace(CASE, split="ood", task="classify", solution="3")]
+    scripted(lambda i, s: RIGHT if (i, s) in ((0, 0), (0, 1), (1, 3)) else WRONG)
+    splits, predictions = evaluate(policy, processor, examples, samples=4, temperature=1.0)
+    assert splits["id"]["math"]["accuracy"] == 3 / 8 and splits["id"]["math"]["n"] == 2
+    assert splits["id"]["math"]["pass@1"] == 3 / 8 and splits["id"]["math"]["pass@4"] == 1
+    assert splits["id"]["math"]["pass@2"] == pytest.approx((pass_at_k(4, 2, 2) + pass_at_k(4, 1, 2)) / 2)
+    assert splits["ood"]["classify"]["accuracy"] == 1 and splits["ood"]["all"] == splits["ood"]["classify"]
+    assert [p["correct"] for p in predictions[:4]] == [True, True, False, False]
+    assert summarize(predictions, 4) == splits
+
+
+def test_evaluation_really_generates_and_is_repeatable(world):
+    policy, processor, _, tests, _ = world
+    first = evaluate(policy, processor, tests, max_completion_length=6, max_rows=2)
+    assert first == evaluate(policy, processor, tests, max_completion_length=6)
+    assert len(first[1]) == len(tests) and all(p["temperature"] == 0 and p["tokens"] <= 6 for p in first[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+@pytest.fixture
+def endpoint():
+    """A chat endpoint that answers from a list, the last for ever; records requests."""
+    replies, seen = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((dict(self.headers), json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            body = replies.pop(0) if len(replies) > 1 else replies[0]
+            body = body if isinstance(body, bytes) else json.dumps({"choices": [{"message": {"content": body}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1/chat/completions", replies, seen
+    server.shutdown()
+
+
+@pytest.mark.parametrize("reply, score", [('{"score": 90}', 90), ('Sure!\n```json\n{"score": 0.5}\n```', 0.5), ('{"score": 100}', 100)])
+def test_scores_are_read_out_of_prose(reply, score):
+    assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize("reply", [
+    "", "90", "{}", "}{", '{"score": 101}', '{"score": -1}', '{"score": NaN}', '{"score": Infinity}', '{"score": true}',
+    '{"score": "90"}', '{"score": null}', '{"score": [90]}', '{"score": 1e999}', "{" * 100_000, None,
+    '{"score": {"score": 90}}', '{"score": __import__("os")}', "[" * 50_000 + "]" * 50_000])
+def test_anything_else_is_no_score(reply):
+    with pytest.raises((ValueError, KeyError, TypeError, RecursionError)):
+        parse_score(reply)
+
+
+def test_a_malformed_reply_is_asked_again_then_is_no_score(endpoint, monkeypatch):
+    url, replies, seen = endpoint
+    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
+    judge = Judge(url, "judge-1")
+    replies[:] = ["I will not", b"\x00garbage", '{"score": 88}']
+    assert judge(RIGHT, CASE) == 88 and len(seen) == 3
+    for hostile in (b"", b"[]", b"{}", b'{"choices": []}', b"[" * 100_000, b"\xff\xfe", b'{"choices": [{"message": {"content": 7}}]}'):
+        replies[:] = [hostile]
+        assert judge(RIGHT, CASE) is None
+    assert seen[0][1]["model"] == "judge-1" and json.loads(seen[0][1]["messages"][1]["content"])["answer"] == RIGHT
+
+
+def test_the_key_comes_from_the_environment_and_stays_out_of_sight(endpoint, monkeypatch, capsys):
+    url, replies, seen = endpoint
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
+    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
+    replies[:] = ['{"score": 88}']
+    judge = Judge(url)
+    assert judge(RIGHT, CASE) == 88 and seen[0][0]["Authorization"] == "Bearer secret-key"
+    replies[:] = ["no"]
+    with pytest.raises(UserError) as error:
+        judge.probe()
+    assert "secret-key" not in str(error.value) + str(vars(judge)) + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "no url", "ftp://x/"])
+def test_an_endpoint_that_does_not_answer_is_a_sentence_before_any_sampling(world, tmp_path, url, monkeypatch):
+    policy, processor, _, _, questions = world
+    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sample, "generate", None)
+    with pytest.raises(UserError, match="judge_url"):
+        rejection_sample(policy, processor, questions, tmp_path / "kept.jsonl", judge=Judge(url, timeout=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rejection sampling
+
+
+class Scripted(Judge):
+    """A judge that scores by the answer's text."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def __call__(self, completion, example):
+        return self.table.get(completion, 0.0)
+
+    def probe(self):
+        pass
+
+
+def test_the_best_answer_above_the_threshold_is_kept(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: [["bad", "good"], ["bad", "exactly 85"], ["better", "good"]][i % 3][s])
+    judge = Scripted({"bad": 10.0, "good": 90.0, "better": 95.0, "exactly 85": 85.0})
+    plain = [replace(q, solution="no reasoning") for q in questions[:3]]
+    out = tmp_path / "kept.jsonl"
+    assert rejection_sample(policy, processor, plain, out, judge=judge, samples=2) == 2
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["question"], row["messages"][-1]["content"], row["score"]) for row in rows] == \
+        [(0, "good", 90.0), (2, "better", 95.0)]
+    assert [e.solution for e in kept_examples(out, plain)] == ["good", "better"]
+    assert kept_examples(out, plain)[0] == replace(plain[0], solution="good"), "asked again exactly as it was"
+    assert load_examples(out, image_root="/", allow_outside=True)[0].task == "general", "and the file is chat JSONL"
+
+
+def test_the_reference_competes_where_it_has_reasoning(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    reference = replace(questions[0], solution="<think>because</think><answer>7</answer>")
+    scripted(lambda i, s: "weak")
+    judge = Scripted({"weak": 86.0, reference.solution: 99.0, "bare": 99.0})
+    rejection_sample(policy, processor, [reference, replace(reference, solution="bare")], tmp_path / "k.jsonl", judge=judge)
+    assert [e.solution for e in kept_examples(tmp_path / "k.jsonl", [reference] * 2)] == [reference.solution, "weak"]
+
+
+def test_a_question_without_a_score_is_asked_again_and_another_threshold_counts(world, scripted, tmp_path, capsys):
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: "fine")
+    out, plain = tmp_path / "kept.jsonl", [replace(q, solution="x") for q in questions[:3]]
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": None}), samples=1) == 0
+    assert "3 of 3 questions got no score" in capsys.readouterr().err
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": 80.0}), samples=1) == 0
+    scripted(lambda i, s: pytest.fail("nothing is left to sample"))
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({}), samples=1, threshold=50) == 3
+
+
+def test_a_torn_line_costs_one_question(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    out, asked = tmp_path / "kept.jsonl", []
+    (tmp_path / "kept.jsonl.rank-0.partial").write_text(
+        "\n" + json.dumps({"index": 0, "answer": "a", "score": 90.0, "scored": 1}) + '\n{"index": 1, "ans')
+    scripted(lambda i, s: asked.append(i) or "fine")
+    assert rejection_sample(policy, processor, questions[:3], out, judge=Scripted({"fine": 91.0}), samples=1) == 3
+    assert len(asked) == 2 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_the_rules_never_keep_a_wrong_answer(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: WRONG)
+    asked = [replace(CASE, solution="2")]
+    assert not is_correct(WRONG, CASE)
+    assert rejection_sample(policy, processor, asked, tmp_path / "k.jsonl", samples=2) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def test_answer_prints_and_draws_the_box(world, tmp_path, monkeypatch, capsys):
+    _, _, checkpoint, tests, _ = world
+    image = next(e.images[0] for e in tests if e.images)
+    text = '<think>there</think><answer>[{"bbox_2d": [2, 3, 40, 30]}]</answer>'
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: [[Completion([1], torch.zeros(1), False, text)]])
+    main(["answer", "--model", str(checkpoint), "--image", image, "--question", "Where?", "--task", "detection",
+          "--out", str(tmp_path / "a.png")])
+    assert text in capsys.readouterr().out and Image.open(tmp_path / "a.png").size[0] > 0
+
+
+def test_evaluate_takes_the_form_from_the_files_name(world, tmp_path, capsys):
+    _, _, checkpoint, tests, _ = world
+    file = next(e.where.rpartition(":")[0] for e in tests if e.form == "binary")
+    root = file.split("grpo_data")[0]
+    main(["evaluate", "--model", str(checkpoint), "--data", file, "--image_root", root, "--samples", "2",
+          "--max_completion_length", "4", "--out", str(tmp_path / "p.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert rows and {row["form"] for row in rows} == {"binary"} and {row["temperature"] for row in rows} == {1.0}
+    assert "pass@2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["evaluate", "--model", "nowhere-at-all/x/y", "--data", "nothing.jsonl"], "nowhere"),
+    (["compare", "no-run"], "no-run"), (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
+def test_mistakes_are_sentences(argv, words, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and "Traceback" not in said
