@@ -26,6 +26,7 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -42,10 +43,10 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import FORMS, VOC_LABELS, Processor, UserError, batch_indices, derive, find_files, labels_of, load_examples
+from data import FORMS, VOC_LABELS, Processor, RunError, UserError, batch_indices, derive, find_files, labels_of, load_examples
 from engine import SelectedLogps, forbidden_bias, generate, image_features, load_policy, pack, packed_hidden
 from rewards import accuracy_reward, format_reward
-from sample import Judge, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table, world
+from sample import Judge, collective, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table, world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
@@ -344,8 +345,9 @@ class ShardedAdamW:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         if world()[1] > 1:
-            for work in [dist.all_reduce(p.grad, async_op=True) for p in self.params.values()]:
-                work.wait()
+            with collective():
+                for work in [dist.all_reduce(p.grad, async_op=True) for p in self.params.values()]:
+                    work.wait()
         return torch.nn.utils.clip_grad_norm_(self.params.values(), max_norm).item()
 
     @torch.no_grad()
@@ -366,8 +368,9 @@ class ShardedAdamW:
                 self.params[name].copy_(self.masters[name])
                 self.masters[name].grad = None
         if world()[1] > 1:
-            for name, p in self.params.items():
-                dist.broadcast(p, self.owner[name])
+            with collective():
+                for name, p in self.params.items():
+                    dist.broadcast(p, self.owner[name])
 
     def zero_grad(self):
         """Free the gradients."""
@@ -398,10 +401,6 @@ class ShardedAdamW:
 
 class Stopped(Exception):
     """SIGTERM arrived and everything worth keeping is saved."""
-
-
-class RunError(UserError):
-    """A run that cannot go on, through no mistake in its settings; exits with 1 instead of 2."""
 
 
 class Run:
@@ -957,7 +956,8 @@ def finish(run):
     predictions = run.out / "predictions"
     if run.tests:
         last = json.loads((run.out / "results.json").read_text())["rows"][-1]["name"]
-        sheet(read_jsonl(predictions / f"{last}.jsonl")[:24], run.out / "sheet.png")
+        rows = read_jsonl(predictions / f"{last}.jsonl")
+        sheet(random.Random(0).sample(rows, min(24, len(rows))), run.out / "sheet.png")
         print(results_table([run.out]))
     pictures = " ".join(map(str, sorted(run.out.glob("*.png"))))
     print(f"model    {run.stage_dir(len(run.cfg.curriculum) - 1)}\npictures {pictures}\n"

@@ -44,6 +44,10 @@ class UserError(Exception):
     """A mistake in data, files or flags. `str(error)` is what the user reads: what is wrong and what to do about it."""
 
 
+class RunError(UserError):
+    """Why a run cannot go on, through no mistake in its settings: a full disk, a dead peer. Exits with 1 instead of 2."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One question with its ground truth. Every box in `problem` and `solution` is in model pixels."""

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import FORMS, TASKS, Example, UserError, load_examples, load_image, model_size
+from data import FORMS, TASKS, Example, RunError, UserError, load_examples, load_image, model_size
 from engine import Prompts, generate, load_policy
 from rewards import extract_answer, format_reward, is_correct, parse_boxes, quality_score
 
@@ -39,8 +40,19 @@ def gather(value):
     if world()[1] == 1:
         return [value]
     values = [None] * world()[1]
-    dist.all_gather_object(values, value)
+    with collective():
+        dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def collective():
+    """Turns the failure of a collective operation into a sentence: no rank waits for ever for another."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError("another rank died, or kept the others waiting for longer than --timeout_minutes "
+                       f"({str(error).splitlines()[0]}). Continue with --resume") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

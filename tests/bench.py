@@ -62,10 +62,11 @@ def build(size, device, dtype):
     return model.to(device).eval(), processor
 
 
-def make_prompt(model, processor, length, grid=(16, 16), seed=0):
-    """A prompt of `length` tokens, an image of grid[0] x grid[1] patches among them."""
+def make_prompt(model, processor, length, seed=0):
+    """A prompt of `length` tokens; two thirds of them are a square image, as in this method's data."""
     g = torch.Generator().manual_seed(seed)
-    image = grid[0] * grid[1] // 4
+    side = int((length * 2 / 3) ** 0.5)
+    grid, image = (2 * side, 2 * side), side * side
     ids = torch.randint(0, model.config.text_config.vocab_size - 10, (length,), generator=g)
     ids[10:10 + image] = processor.image_token_id
     return Prompt(ids, torch.randn(grid[0] * grid[1], 1176, generator=g), torch.tensor([[1, *grid]]))
@@ -239,7 +240,7 @@ def full_step(model, processor, repeats, P=700, C=512, G=8, prompts=8):
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     optimizer = ShardedAdamW(model.named_parameters())
-    batch = [make_prompt(model, processor, P, grid=(44, 44), seed=i) for i in range(prompts)]
+    batch = [make_prompt(model, processor, P, seed=i) for i in range(prompts)]
     bias, times = forbidden_bias(model, processor), {"rollout": [], "reference": [], "update": [], "optimizer": []}
     torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 1):

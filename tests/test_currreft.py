@@ -455,6 +455,17 @@ def uninterrupted(base, tmp_path_factory):
     return arguments, runs
 
 
+def test_a_step_without_images_reduces_the_same_tensors():
+    """A text-only micro-batch leaves the vision tower without gradients; they count as zeros, and nothing hangs."""
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = ShardedAdamW([("used", used), ("unused", unused)])
+    used.grad = torch.ones(2)
+    optimizer.reduce_gradients(10.0)
+    assert torch.equal(unused.grad, torch.zeros(3))
+    optimizer.step(0.1)
+    assert torch.equal(unused, torch.ones(3)) and not torch.equal(used, torch.ones(2))
+
+
 def test_two_ranks_take_the_steps_of_one(uninterrupted):
     _, runs = uninterrupted
     one, two = metrics(runs[1]), metrics(runs[2])
@@ -497,6 +508,15 @@ def test_a_run_of_one_rank_resumes_on_two(uninterrupted, tmp_path):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     for a, b in zip(metrics(tmp_path / "run"), metrics(runs[1]), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_stalled_rank_ends_the_run_with_a_sentence(uninterrupted, tmp_path, monkeypatch):
+    """No collective waits for ever: a rank that stops answering is given up after --timeout_minutes."""
+    arguments, _ = uninterrupted
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    done = launch(tmp_path, [*arguments, "--out", str(tmp_path / "run"), "--timeout_minutes", "0.1"], 2,
+                  f"step=3 rank=1 signal={signal.SIGSTOP.value}")
+    assert done.returncode != 0 and "--timeout_minutes" in done.stderr and "--resume" in done.stderr
 
 
 def test_an_error_on_one_rank_ends_all_with_its_sentence(uninterrupted, tmp_path):
