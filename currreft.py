@@ -26,6 +26,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -43,10 +44,12 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import FORMS, VOC_LABELS, Processor, RunError, UserError, batch_indices, derive, find_files, labels_of, load_examples
+from data import (FORMS, VOC_LABELS, Processor, RunError, UserError, batch_indices, derive, find_files, labels_of,
+                  load_examples)
 from engine import SelectedLogps, forbidden_bias, generate, image_features, load_policy, pack, packed_hidden
 from rewards import accuracy_reward, format_reward
-from sample import Judge, collective, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table, world
+from sample import (Judge, collective, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table,
+                    world)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
@@ -193,7 +196,7 @@ def group_advantages(rewards):
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group, std unbiased. rewards (..., G) -> advantages (..., G).
 
     group_advantages(tensor([1., 0., 0., 1.])) -> about [0.866, -0.866, -0.866, 0.866]. All rewards equal -> exactly 0.
-    (DeepSeekMath eq. 3 region, arXiv 2402.03300; paper section 3.1.)
+    (GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.)
     """
     centered = rewards - rewards.mean(-1, keepdim=True)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
@@ -386,7 +389,11 @@ class ShardedAdamW:
     def load(self, files):
         """Take this rank's share from the shards of any number of ranks."""
         for file in files:
-            shard = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            try:
+                shard = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise RunError(f"{file} is damaged or not an optimizer state ({str(error).splitlines()[0]}); remove "
+                               "its directory to resume from the checkpoint before") from error
             for name, state in shard.items():
                 if name in self.masters:
                     master = self.masters[name]
@@ -429,7 +436,8 @@ class Run:
         self.bias = forbidden_bias(self.policy, self.processor)
         self.policy.model.visual.requires_grad_(not self.cfg.freeze_vision)
         if self.cfg.checkpoint_activations:  # only acts in train mode, which only the update uses
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(self.policy, "activation_checkpointing_enable", None)  # newer name
+            (enable or self.policy.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def load_reference(self, path):
         """The KL reference: the checkpoint at `path`, frozen; none where beta is 0."""
@@ -583,7 +591,7 @@ class Run:
             self.optimizer_files = sorted(path.glob("optimizer-*.pt"))
         self.global_step = state["global_step"]
         if len(set(gather((state["stage"], state["stage_step"])))) > 1:
-            raise UserError(f"--out {self.out} must be a directory that all nodes share; they see different checkpoints")
+            raise UserError(f"--out {self.out} must be a directory that all nodes share; theirs differ")
         if state["stage"] > len(self.cfg.curriculum):
             raise UserError(f"--out {self.out} has already finished more stages than --stages names")
         if self.rank == 0 and (self.out / "metrics.jsonl").exists():  # drop what was logged after the checkpoint

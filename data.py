@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """Why a run cannot go on, through no mistake in its settings: a full disk, a dead peer. Exits with 1 instead of 2."""
+    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,8 +69,8 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.0, max_completion_length=512, max_rows=64,
-             seed=0, on_finish=None, description="evaluate"):
+def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.0, max_completion_length=512,
+             max_rows=64, seed=0, on_finish=None, description="evaluate"):
     """Strict accuracy of `samples` answers to each example; greedy by default. Ranks share the work.
 
     Returns (splits, predictions) on every rank. splits: {split: {task or "all": {n, accuracy, format, length,
@@ -319,8 +319,8 @@ def evaluate_files(args):
                              max_pixels=args.max_pixels)
         examples += [replace(example, split=Path(path).stem) for example in rows]
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
-    splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature, top_p=args.top_p,
-                                   max_completion_length=args.max_completion_length)
+    splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature,
+                                   top_p=args.top_p, max_completion_length=args.max_completion_length)
     Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in predictions))
     print(json.dumps(splits, indent=1))
     print(f"{len(predictions)} predictions in {args.out}", file=sys.stderr)

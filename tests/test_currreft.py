@@ -171,6 +171,38 @@ def test_masters_keep_updates_that_bfloat16_would_lose(dtype):
     assert not torch.equal(ours.masters["w"], start.float())
 
 
+class Bomb:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_optimizer_state_runs_no_code_and_damage_is_a_sentence(tmp_path):
+    optimizer = ShardedAdamW([("w", torch.nn.Parameter(torch.ones(2)))])
+    torch.save({"w": {"step": Bomb(tmp_path / "loaded")}}, tmp_path / "optimizer-0.pt")
+    with pytest.raises(currreft.RunError, match="optimizer-0.pt"):
+        optimizer.load([tmp_path / "optimizer-0.pt"])
+    assert not (tmp_path / "loaded").exists()
+    (tmp_path / "optimizer-0.pt").write_bytes(b"torn")
+    with pytest.raises(currreft.RunError, match="optimizer-0.pt"):
+        optimizer.load([tmp_path / "optimizer-0.pt"])
+
+
+def test_pickled_weights_are_not_read(base, tmp_path):
+    """Only safetensors come from outside: a checkpoint that holds a pickle in their place is refused unread."""
+    for file in base[0].iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({"w": Bomb(tmp_path / "loaded")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        currreft.load_policy(tmp_path)
+    assert not (tmp_path / "loaded").exists()
+
+
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = ShardedAdamW([("w", weight)])
@@ -252,12 +284,12 @@ def test_logged_numbers_are_what_their_names_say(flags, tmp_path):
     assert metrics(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9), "the first policy is the reference"
 
 
-def test_micro_batch_changes_nothing(flags, tmp_path):
-    for size in ("1", "4"):
-        main([*flags, "--out", str(tmp_path / size), "--stages", "open:1", "sft:1", "--prompts_per_step", "4",
-              "--sft_batch", "4", "--micro_batch", size])
-    one, four = metrics(tmp_path / "1"), metrics(tmp_path / "4")
-    for a, b in zip(one, four):
+@pytest.mark.parametrize("other", [["--micro_batch", "4"], ["--micro_batch", "3", "--checkpoint_activations"]])
+def test_what_saves_time_or_memory_changes_nothing(flags, tmp_path, other):
+    for name, extra in (("one", []), ("other", other)):
+        main([*flags, "--out", str(tmp_path / name), "--stages", "open:1", "sft:1", "--prompts_per_step", "4",
+              "--sft_batch", "4", *extra])
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "other"), strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5) and a["grad_norm"] > 0
         assert a.get("reward") == b.get("reward") and a.get("loss") == pytest.approx(b.get("loss"))
 
