@@ -730,7 +730,7 @@ def load_data(cfg):
         "skip_bad_rows": cfg.skip_bad_rows, "allow_outside": cfg.allow_outside}
     forms = {}
 
-    def form_examples(form):
+    def form_examples(form):  # read or derived once, however many stages ask
         if form not in forms:
             path = files["train"].get(form)
             if path:
@@ -820,7 +820,7 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
             "optimizer": trained * (8 + 4 * (width == 2)) // ranks,
             "cache": rows * (P + C) * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
             "activations": activations,  # then chunks of logits, and the head's gradient in two widths
-            "logits": 3 * 4 * 2**26 + text.vocab_size * text.hidden_size * (width + 4)}
+            "logits": 12 * min(2**26, tokens * text.vocab_size) + text.vocab_size * text.hidden_size * (width + 4)}
 
 
 def check_memory(needed, say):

@@ -415,7 +415,7 @@ def _turns(messages) -> list[tuple[str, str]]:
 def resolve_image(name, root: Path, allow_outside: bool = False) -> str:
     """The image's path under `root`. UserError if there is none, or if it is elsewhere and not `allow_outside`.
 
-    A path of another machine loses parts from the left until it exists: /home/they/coco/1.jpg -> root/coco/1.jpg
+    A path of another machine loses parts from the left until it exists: /elsewhere/coco/1.jpg -> root/coco/1.jpg
     """
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{name!r} is not the path of an image.")

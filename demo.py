@@ -612,6 +612,7 @@ def make(folder: Path, settings: dict, build: Callable[[Path], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Make the data set, its picture and the base model; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="directory to write to")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")

@@ -104,6 +104,7 @@ class Canvas:
 
 
 def save(image: Image.Image, out) -> Path:
+    """Writes the picture as PNG, making its directory; returns the path."""
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,7 @@ def draw_axes(page: Canvas, frame: tuple, xs: list, ys: list, bands: list, color
 
 
 def draw_line(page: Canvas, points: list, place, color: str, width: float):
+    """One line through the points that have a value; a gap where they have none."""
     for there, part in itertools.groupby(points, key=lambda point: point[1] == point[1]):
         placed = [place(x, y) for x, y in part] if there else []
         if len(placed) == 1:
@@ -437,6 +439,7 @@ def column_text(split: str, task: str, scores: list[dict | None]) -> list[str]:
 # ---- command line ----
 
 def read_results(run: str) -> dict:
+    """The parsed results.json of a run directory (or the file itself); UserError says what is wrong with it."""
     path = Path(run) / "results.json" if Path(run).is_dir() else Path(run)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -456,6 +459,7 @@ def whole(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """`curves`, `table` and `examples`; returns the exit code, 2 with a sentence for a user's mistake."""
     parser = argparse.ArgumentParser(prog="pictures.py", description="Pictures and tables of training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("curves", help="a metric against the step")
