@@ -9,7 +9,16 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh
 RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
-torchrun=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$RANKS")
+# torchrun, without its own traceback after the sentence of a rank that failed; exits with that rank's code
+torchrun=("$PYTHON" -c '
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    sys.exit(abs(error.get_first_failure()[1].exitcode))
+' --standalone --nproc_per_node "$RANKS")
 
 if [ $# -gt 0 ]; then
     exec "${torchrun[@]}" currreft.py "$@"
