@@ -608,12 +608,12 @@ class Run:
 
     def train_stage(self, stage, first):
         """One row of the curriculum: optimizer, schedule and reference start afresh, then its steps."""
+        self.optimizer = self.reference = None  # the last stage's are freed before this stage's are made
         self.optimizer = ShardedAdamW(self.policy.named_parameters(), self.cfg.weight_decay)
         if first:
             self.optimizer.load(self.optimizer_files)
         else:
             self.recent = []
-        self.reference = None  # free the last stage's first
         if stage.forms:
             self.load_reference(self.stage_dir(stage.index - 1 if self.cfg.reference == "stage" else -1))
         do_step = grpo_step if stage.forms else sft_step

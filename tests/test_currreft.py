@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,18 @@ def test_the_reference_restarts_with_the_stage_unless_told(flags, tmp_path, refe
     assert (kl[3] < 1e-9) == (reference == "stage")
 
 
+def test_a_stage_switch_frees_the_last_optimizer_before_it_makes_the_next(flags, tmp_path, monkeypatch):
+    """Two sets of float32 masters and moments at once would not fit on a GPU that one fills."""
+    alive, made = weakref.WeakSet(), currreft.ShardedAdamW.__init__
+
+    def counting(self, *args):
+        assert not len(alive), "the last stage's optimizer is still held"
+        alive.add(self)
+        made(self, *args)
+    monkeypatch.setattr(currreft.ShardedAdamW, "__init__", counting)
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "binary:1", "choice:1", "sft:1"])
+
+
 def test_beta_zero_loads_no_reference(flags, tmp_path, monkeypatch):
     loaded = []
     original = currreft.load_policy
@@ -572,7 +585,7 @@ def test_a_mistake_that_all_ranks_see_is_said_once(uninterrupted, tmp_path):
 
 def test_user_error_is_no_traceback(uninterrupted, tmp_path):
     done = launch(tmp_path, ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run")])
-    assert done.returncode == 2 and "Traceback" not in done.stderr and issubclass(currreft.RunError, UserError)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and str(tmp_path / "nothing") in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine
 from currreft import token_logps
-from data import Example, UserError, find_files, load_examples
+from data import UserError, find_files, load_examples
 from engine import forbidden_bias, generate, inverse_cdf, load_policy, pack
 
 LENGTHS = [[3, 7], [5, 1], [9, 9], [2, 4]]  # completions of different lengths, one of them a single token
@@ -262,4 +262,3 @@ def test_the_captured_step_samples_what_the_eager_one_samples(checkpoint, world)
 def test_generate_needs_no_prompts(world):
     policy, processor, _, _ = world
     assert generate(policy, processor, [], 4) == []
-    assert Example(problem="?", solution="!").images == ()
