@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -99,8 +100,8 @@ class Processor:
     """Tokenizer and image processor of a Qwen2.5-VL checkpoint (transformers' AutoProcessor needs torchvision)."""
     SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
-    def __init__(self, tokenizer, image_processor):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+    def __init__(self, tokenizer, image_processor, files):
+        self.tokenizer, self.image_processor, self.files = tokenizer, image_processor, files
         ids = tokenizer.convert_tokens_to_ids(list(self.SPECIAL))
         self.end_ids = tuple(ids[:2])                   # a completion ends at the first of either
         self.pad_id = ids[1]                            # also an end token, so masks go by position, never by pad_id
@@ -115,20 +116,29 @@ class Processor:
             model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+            files = checkpoint_files(path)
+            if "chat_template.json" in files:           # the template of Qwen2.5-VL's tokenizer knows tools, no images
+                tokenizer.chat_template = json.loads(files["chat_template.json"])["chat_template"]
         except Exception as error:                      # not narrower: a broken tokenizer.json raises Exception itself
             raise UserError(f"{path} is no complete Qwen2.5-VL checkpoint: {str(error).split(chr(10))[0]}") from error
-        missing = [token for token in cls.SPECIAL if token not in tokenizer.get_vocab()]
-        missing += [] if tokenizer.chat_template else ["a chat template"]
+        vocabulary = tokenizer.get_vocab()              # once: it is made anew, 151,665 entries of it
+        missing = [token for token in cls.SPECIAL if token not in vocabulary]
+        missing += [] if _places_images(tokenizer) else ["a chat template with places for images"]
         if model_type != "qwen2_5_vl" or missing:
             raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its model type is {model_type}, and its tokenizer "
                             f"lacks {', '.join(missing) or 'nothing'}.")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
         image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
-        return cls(tokenizer, image_processor)
+        return cls(tokenizer, image_processor, files)
 
     def save_pretrained(self, path) -> None:
-        """Write tokenizer, chat template and preprocessor_config.json, as plain transformers reads them."""
-        self.tokenizer.save_pretrained(path)
+        """Write what stands beside the weights: the checkpoint's own files, and preprocessor_config.json anew.
+
+        Training changes weights alone, so whatever opens the checkpoint opens the result: older transformers, vLLM, ..
+        Only the pixel limits are this run's, so that images are later shown as they were in training.
+        """
+        for name, content in self.files.items():
+            (Path(path) / name).write_bytes(content)
         self.image_processor.save_pretrained(path)
 
     def forbidden_ids(self, vocab_size: int) -> tuple[int, ...]:
@@ -175,6 +185,24 @@ class Processor:
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def checkpoint_files(path) -> dict[str, bytes]:
+    """Configs, tokenizer and templates of a checkpoint directory or hub name: {file name: content}."""
+    folder, kinds = Path(path), ["*.json", "*.jinja", "*.txt"]
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), allow_patterns=kinds))
+    return {file.name: file.read_bytes() for kind in kinds for file in folder.glob(kind)
+            if file.name != "state.json" and not file.name.endswith(".index.json")}     # an index names other weights
+
+
+def _places_images(tokenizer) -> bool:
+    """Whether the chat template has a place for an image; that of Qwen's text models fails on a list of parts."""
+    turn = {"role": "user", "content": [{"type": "image"}]}
+    try:
+        return "<|image_pad|>" in tokenizer.apply_chat_template([turn], tokenize=False)
+    except Exception:                                   # not narrower: a template may raise anything
+        return False
 
 
 def check_text(text: str) -> None:

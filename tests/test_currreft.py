@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from real import real_config
 from tiny import tiny_checkpoint, tiny_data
 
 import currreft
@@ -593,14 +594,8 @@ def test_user_error_is_no_traceback(uninterrupted, tmp_path):
 
 
 def test_memory_of_the_real_3b_configuration():
-    """Values of config.json of Qwen/Qwen2.5-VL-3B-Instruct; 3,754,622,976 parameters with the tied head counted once."""
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                     "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 128_000,
-                     "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
-                                                               "mrope_section": [16, 24, 24]}},
-        vision_config={"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": 2048,
-                       "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}, tie_word_embeddings=True)
+    """3,754,622,976 parameters, the tied head counted once."""
+    config = transformers.Qwen2_5_VLConfig(**real_config())
     cfg = Config(data="d", dtype="bfloat16", checkpoint_activations=True)
     one, eight = (currreft.memory_needed(config, cfg, ranks) for ranks in (1, 8))
     assert one["weights"] == one["gradients"] == one["reference"] == 2 * 3_754_622_976
