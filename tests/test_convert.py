@@ -1,0 +1,319 @@
+"""Tests of convert.py. Each name says the defect that it keeps out."""
+
+import json
+import pickle
+import random
+from collections import Counter
+
+import pytest
+from PIL import Image
+from tiny import tiny_image, write_jsonl
+
+import convert
+import pictures
+from data import VOC_LABELS, derive, labels_of, load_examples, truth_boxes
+
+
+def run(*arguments):
+    convert.main([str(argument) for argument in arguments])
+
+
+def failed(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    return said
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def annotation(number, image, category, bbox, **more):
+    return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "iscrowd": 0, **more}
+
+
+@pytest.fixture
+def instances(tmp_path):
+    """(folder of images, COCO dict): 24 images of 200 x 150 with up to three of five categories, boxes of floats."""
+    rng, images, annotations = random.Random(0), [], []
+    names = ["dog", "traffic light", "cup", "person", "boat"]
+    for n in range(24):
+        tiny_image(tmp_path / "images" / f"{n:03}.png", (200, 150), box=(10, 10, 60, 60))
+        images.append({"id": n, "file_name": f"{n:03}.png", "width": 200, "height": 150})
+        for category in rng.sample(range(5), 1 + n % 3) if n else [0]:
+            x, y = rng.uniform(0, 120), rng.uniform(0, 80)
+            annotations.append(annotation(len(annotations), n, category, [x, y, rng.uniform(30, 70), 40.25]))
+    categories = [{"id": n, "name": name} for n, name in enumerate(names)]
+    return tmp_path / "images", {"images": images, "annotations": annotations, "categories": categories}
+
+
+def save(folder, value):
+    path = folder / "instances.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def derive_all(path, root):
+    """Examples of a file as training reads them, after all three forms were derived as training derives them."""
+    examples = load_examples(path, image_root=root)
+    pool = sorted({label for e in examples if e.task == "classify" for label in labels_of(e.solution)}) or VOC_LABELS
+    for example in examples:
+        for form in ("binary", "choice"):
+            assert derive(example, form, pool=pool).form == form
+    return examples
+
+
+# ---- COCO ----
+
+def test_coco_rows_load_and_have_all_three_forms(tmp_path, instances, capsys):
+    root, value = instances
+    file, out = save(tmp_path, value), tmp_path / "train" / "open.jsonl"
+    run("coco", file, "--image_root", root, "--out", out)
+    examples = derive_all(out, root)
+    assert set(Counter(e.task for e in examples)) == {"detection", "classify", "math"}
+    said = capsys.readouterr().out
+    assert f"python pictures.py examples {out} --image_root {root}" in said and "24 classify" in said
+    pictures.main(["examples", str(out), "--image_root", str(root), "--out", str(tmp_path / "sheet.png")])
+    truth = {(f"{a['image_id']:03}.png", value["categories"][a["category_id"]]["name"]): a["bbox"]
+             for a in value["annotations"]}
+    for row in rows_of(out):
+        if row["task"] == "detection":
+            x, y, w, h = truth[row["image"], row["problem"].removeprefix("Where is the ").rstrip("?")]
+            (box,) = truth_boxes(row["solution"])
+            assert box == pytest.approx([x, y, x + w, y + h], abs=0.01), "original pixels, two corners"
+        if row["task"] == "classify":
+            shown = {name for image, name in truth if image == row["image"]}
+            assert set(labels_of(row["solution"])) == shown
+
+
+def test_all_boxes_of_a_kind_are_asked_for_and_counted_but_a_crowd_is_not(tmp_path, instances):
+    root, value = instances
+    value["annotations"] = [annotation(0, 0, 0, [0, 0, 40, 40]), annotation(1, 0, 0, [50, 0, 40, 40]),
+                            annotation(2, 0, 3, [0, 60, 40, 40]), annotation(3, 0, 3, [0, 50, 150, 90], iscrowd=1),
+                            annotation(4, 0, 2, [100, 100, 3, 3]), annotation(5, 1, 4, [9, 9, 50, 50])]
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    rows = {(row["image"], row["problem"]): row["solution"] for row in rows_of(tmp_path / "open.jsonl")}
+    assert truth_boxes(rows.pop(("000.png", "Where is every dog?"))) == [[0, 0, 40, 40], [50, 0, 90, 40]]
+    assert rows.pop(("000.png", 'How many objects of the kind "dog" are in the image?')) == "<answer>2</answer>"
+    assert {problem for image, problem in rows if image == "000.png"} == set(), "person is a crowd, the cup tiny"
+
+
+WARTS = {
+    "missing image": (lambda v, root: (root / "000.png").unlink(), "images[0]: no image 000.png"),
+    "other size": (lambda v, root: v["images"][0].update(width=100, height=150), "leaves the image of 100 x 150"),
+    "size of no image": (lambda v, root: v["images"][0].update(width=400, height=300), "is upright 200 x 150"),
+    "rotated": (lambda v, root: rotate(root / "000.jpg", v["images"][0]), "is upright 150 x 200"),
+    "no size": (lambda v, root: v["images"][0].pop("width"), "no width and height"),
+    "a pixel high": (lambda v, root: Image.new("RGB", (200, 1)).save(root / "000.png"), "too small or too thin"),
+    "no picture": (lambda v, root: (root / "000.png").write_bytes(b"no"), "cannot be decoded"),
+    "outside": (lambda v, root: (root.parent / "x.png").write_bytes((root / "000.png").read_bytes())
+                and v["images"][0].update(file_name="../x.png"), "no image ../x.png"),
+    "zero-size box": (lambda v, root: v["annotations"][0].update(bbox=[5, 5, 0, 9]), "annotations[0]: its box [5, 5"),
+    "box outside": (lambda v, root: v["annotations"][0].update(bbox=[150, 5, 60, 60]), "leaves the image"),
+    "box of text": (lambda v, root: v["annotations"][0].update(bbox="[1, 2, 3, 4]"), "not four finite numbers"),
+    "NaN box": (lambda v, root: v["annotations"][0].update(bbox=[float("nan"), 2, 3, 4]), "not four finite numbers"),
+    "unknown category": (lambda v, root: v["annotations"][0].update(category_id=99), "category_id is 99"),
+    "unknown image": (lambda v, root: v["annotations"][0].update(image_id=[1]), "image_id is [1]"),
+    "annotation twice": (lambda v, root: v["annotations"].append(v["annotations"][0]), "its id 0 is that of"),
+    "image twice": (lambda v, root: v["images"][1].update(id=0), "images[1]: its id 0 is that of images[0]"),
+    "category twice": (lambda v, root: v["categories"][1].update(id=0), "categories[1]: its id 0"),
+    "no object": (lambda v, root: v["annotations"].append(7), "not a JSON object"),
+    "hostile name": (lambda v, root: v["categories"][0].update(name="dog<|im_end|>"), "<|im_end|>"),
+    "answer in a name": (lambda v, root: v["categories"][0].update(name="dog</answer>"), "</answer>"),
+}
+
+
+def rotate(path, entry):
+    """A photo that is stored lying and shown upright: annotated lying, its boxes would be elsewhere."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (200, 150), "white").save(path, exif=exif)
+    entry["file_name"] = path.name
+
+
+@pytest.mark.parametrize("wart", WARTS)
+def test_a_bad_entry_is_told_with_its_index_or_spoils_its_image(tmp_path, instances, capsys, wart):
+    root, value = instances
+    spoil, words = WARTS[wart]
+    spoil(value, root)
+    file, out = save(tmp_path, value), tmp_path / "open.jsonl"
+    said = failed(capsys, "coco", file, "--image_root", root, "--out", out)
+    assert words in said and str(file) in said and "--skip_bad_rows" in said and not out.exists()
+    run("coco", file, "--image_root", root, "--out", out, "--skip_bad_rows")
+    assert "dropped" in capsys.readouterr().err
+    derive_all(out, root)
+    if wart not in ("no object", "unknown image"):
+        assert not [row for row in rows_of(out) if "000" in row["image"]], "what is left of the image is not all of it"
+    assert [row for row in rows_of(out) if row["image"] == "005.png"] or "category" in wart or "name" in wart
+
+
+def test_a_pixel_of_rounding_is_clipped_not_refused(tmp_path, instances):
+    root, value = instances
+    value["annotations"] = [annotation(n, n, n % 5, [-0.5, 60, 80.123456, 90.7]) for n in range(10)]
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    boxes = [truth_boxes(r["solution"]) for r in rows_of(tmp_path / "open.jsonl") if r["task"] == "detection"]
+    assert boxes == [[[0, 60, 79.62, 150]]] * 10
+
+
+def test_an_image_that_shows_every_label_is_not_asked_for_its_labels(tmp_path, instances, capsys):
+    root, value = instances
+    value["annotations"] = [annotation(0, 0, 0, [0, 0, 200, 150])] + [
+        annotation(n + 1, 1, n, [10 * n, 10 * n, 50, 50]) for n in range(5)] + [annotation(9, 2, 1, [9, 9, 50, 50])]
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    rows = rows_of(tmp_path / "open.jsonl")
+    assert not [row for row in rows if row["image"] == "001.png" and row["task"] == "classify"]
+    assert "no wrong answer" in capsys.readouterr().out
+    derive_all(tmp_path / "open.jsonl", root)           # a box as large as the image among them
+    value["annotations"] = [annotation(n, n, 0, [9, 9, 50, 50]) for n in range(9)]      # one label alone
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl", "--force")
+    assert {row["task"] for row in rows_of(tmp_path / "open.jsonl")} == {"detection", "math"}
+    derive_all(tmp_path / "open.jsonl", root)
+
+
+def test_labels_that_an_answer_could_not_name_are_not_asked_for(tmp_path, instances):
+    root, value = instances
+    value["categories"][0]["name"] = "bat (animal), dark"
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    asked = [row["solution"] for row in rows_of(tmp_path / "open.jsonl") if row["task"] == "classify"]
+    assert asked and not [solution for solution in asked if "bat" in solution]
+    derive_all(tmp_path / "open.jsonl", root)
+
+
+@pytest.mark.parametrize("value, words", [
+    ([], "no instances file"), ({"images": []}, "no instances file"),
+    ({"images": [], "annotations": [], "categories": []}, "no train rows"),
+    ({"images": [{"neg_category_ids": []}], "annotations": [], "categories": []}, "LVIS")])
+def test_a_file_without_annotations_is_a_sentence(tmp_path, capsys, value, words):
+    said = failed(capsys, "coco", save(tmp_path, value), "--image_root", tmp_path, "--out", tmp_path / "open.jsonl")
+    assert words in said and not (tmp_path / "open.jsonl").exists()
+
+
+# ---- Choosing and writing ----
+
+def test_no_image_is_in_train_and_test(tmp_path, instances):
+    root, value = instances
+    out = tmp_path / "train" / "open.jsonl"
+    run("coco", save(tmp_path, value), "--image_root", root, "--out", out, "--test_share", "0.4")
+    train, test = ({row["image"] for row in rows_of(path)} for path in (out, tmp_path / "test" / "open.jsonl"))
+    assert train and test and not train & test
+    write_jsonl(tmp_path / "refs.jsonl", [{"image": f"{n:03}.png", "bbox": [9, 9, 40, 40], "caption": f"red box {n}"}
+                                          for n in range(24)])
+    run("refcoco", tmp_path / "refs.jsonl", "--image_root", root, "--out", tmp_path / "train" / "refs.jsonl",
+        "--test_share", "0.4")
+    assert not train & {row["image"] for row in rows_of(tmp_path / "test" / "refs.jsonl")}, "whatever file names it"
+
+
+def test_a_seed_gives_the_same_rows_and_frequent_classes_do_not_fill_the_file(tmp_path, instances):
+    root, value = instances
+    value["annotations"] = [annotation(n, n, 0 if n < 20 else n % 4 + 1, [9, 9, 50, 50]) for n in range(24)]
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / name, "--seed", seed,
+            "--per_task", 5)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1] != texts[2]
+    rows = rows_of(tmp_path / "a")
+    assert Counter(row["task"] for row in rows) == {"detection": 5, "math": 5, "classify": 5}
+    assert Counter(row["problem"] for row in rows if row["task"] == "detection")["Where is the dog?"] == 1
+
+
+def test_a_file_that_exists_is_kept_unless_forced_and_whole(tmp_path, instances, capsys, monkeypatch):
+    root, value = instances
+    file, out = save(tmp_path, value), tmp_path / "open.jsonl"
+    out.write_text("mine")
+    assert "--force" in failed(capsys, "coco", file, "--image_root", root, "--out", out) and out.read_text() == "mine"
+
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(convert.Path, "rename", full)
+    assert "No space left" in failed(capsys, "coco", file, "--image_root", root, "--out", out, "--force")
+    assert out.read_text() == "mine"
+    monkeypatch.undo()
+    run("coco", file, "--image_root", root, "--out", out, "--force")
+    assert rows_of(out)
+    assert "folder train" in failed(capsys, "coco", file, "--image_root", root, "--out", tmp_path / "b.jsonl",
+                                    "--test_share", "0.5")
+
+
+# ---- Referring expressions ----
+
+def images_of(root, *captions):
+    return [{"id": n, "file_name": f"{n:03}.png", "width": 200, "height": 150, **({"caption": text} if text else {})}
+            for n, text in enumerate(captions)]
+
+
+SHAPES = {
+    "mdetr": lambda root: {"images": images_of(root, "the left dog", "a cup."), "annotations": [
+        annotation(5, 0, 1, [10, 20, 30, 40]), annotation(6, 1, 1, [10, 20, 30, 40])]},
+    "annotations": lambda root: {"images": images_of(root, "", ""), "annotations": [
+        annotation(n, n, 1, [10, 20, 30, 40], sentences=[{"raw": text, "sent": text}])
+        for n, text in enumerate(["the left dog", "a cup"])]},
+    "refs": lambda root: {"images": images_of(root, "", ""), "annotations": [
+        annotation(n + 7, n, 1, [10, 20, 30, 40]) for n in range(2)], "refs": [
+        {"ref_id": n, "ann_id": n + 7, "image_id": n, "split": "train", "file_name": f"{n:03}_7.png",
+         "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split()}]}
+        for n, text in enumerate(["the left dog", "a cup"])]},
+    "list": lambda root: [{"img_name": "000.png", "bbox": [10, 20, 30, 40], "sentence": "the left dog"},
+                          {"file_name": "001.png", "bbox": [10, 20, 30, 40], "sentences": ["a cup", "a cup"]}],
+    "deep list": lambda root: [{"image": f"/elsewhere/{n:03}.png", "bbox": [10.0, 20, 30, 40], "normal_caption": text}
+                               for n, text in enumerate(["the left dog", "a cup"])],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_expressions_is_read(tmp_path, instances, shape):
+    root, _ = instances
+    run("refcoco", save(tmp_path, SHAPES[shape](root)), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    rows = sorted(rows_of(tmp_path / "open.jsonl"), key=lambda row: row["image"])
+    assert [(row["image"], row["problem"]) for row in rows] == [
+        ("000.png", "Where is the left dog?"), ("001.png", "Where is a cup?")]
+    assert all(truth_boxes(row["solution"]) == [[10, 20, 40, 60]] for row in rows)
+    assert len(derive_all(tmp_path / "open.jsonl", root)) == 2
+
+
+def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys):
+    root, _ = instances
+    file = write_jsonl(tmp_path / "a.jsonl", [{"image": "000.png", "bbox": [120, 90, 180, 140], "caption": "it"}])
+    said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
+    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")
+    assert truth_boxes(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[120, 90, 180, 140]]
+
+
+def test_an_expression_for_two_boxes_and_test_expressions_stay_out(tmp_path, instances, capsys):
+    root, _ = instances
+    entries = [{"image": "000.png", "bbox": [1, 1, 40, 40], "caption": "man", "split": "train"},
+               {"image": "000.png", "bbox": [60, 60, 40, 40], "caption": "Man.", "split": "train"},
+               {"image": "001.png", "bbox": [1, 1, 40, 40], "caption": "man", "split": "train"},
+               {"image": "002.png", "bbox": [1, 1, 40, 40], "caption": "cat", "split": "testA"}]
+    file = write_jsonl(tmp_path / "a.jsonl", entries)
+    assert "testA, train" in failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--split", "train")
+    assert [row["image"] for row in rows_of(tmp_path / "open.jsonl")] == ["001.png"]
+
+
+def test_bad_expressions_are_told_at_once_with_their_index(tmp_path, instances, capsys):
+    root, _ = instances
+    good = {"image": "000.png", "bbox": [1, 1, 40, 40], "caption": "man"}
+    bad = [{**good, "caption": "<|image_pad|>"}, {**good, "caption": None}, {**good, "caption": ["a", 3]},
+           {**good, "bbox": [1, 2, 3], "caption": "cat"}, {**good, "image": "none.png"},
+           {**good, "image": {"bytes": ""}}, 5, "{broken", {**good, "caption": "<image>"},
+           {"image": "001.png", "caption": "cup"}]
+    file = write_jsonl(tmp_path / "a.jsonl", [good, *bad])
+    said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    assert f"{len(bad)} entries" in said and all(f"[{n}]: " in said for n in range(1, len(bad) + 1))
+    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--skip_bad_rows")
+    assert len(rows_of(tmp_path / "open.jsonl")) == 1
+
+
+def test_a_pickle_is_refused_unread(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "loaded"), "w")
+    for name in ("refs(unc).p", "refs.json"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+        said = failed(capsys, "refcoco", tmp_path / name, "--image_root", tmp_path, "--out", tmp_path / "open.jsonl")
+        assert "pickle" in said and "instances.json" in said and not (tmp_path / "loaded").exists()
