@@ -44,9 +44,11 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from card import write_cards
 from data import (FORMS, VOC_LABELS, Processor, RunError, UserError, batch_indices, derive, find_files, labels_of,
                   load_examples)
 from engine import SelectedLogps, forbidden_bias, generate, image_features, load_policy, pack, packed_hidden
+from report import Reporter
 from rewards import accuracy_reward, format_reward
 from sample import (Judge, collective, evaluate, gather, kept_examples, read_jsonl, rejection_sample, results_table,
                     world)
@@ -111,6 +113,7 @@ class Config:
     sample_every: int = 10  # steps between printed samples
     eval_limit: int = 0  # test examples of each split at most (0: all)
     eval_rows: int = 64  # completions in flight in evaluation, per GPU
+    report_to: str = ""  # log to tensorboard (in --out) or wandb as well; what is not installed is an error
     skip_bad_rows: bool = False  # drop and count bad data rows instead of stopping
     allow_outside: bool = False  # allow image paths outside --image_root
 
@@ -137,6 +140,7 @@ class Config:
             (self.reference in ("stage", "base"), "--reference must be 'stage' or 'base'"),
             (self.lr_schedule in ("cosine", "constant"), "--lr_schedule must be 'cosine' or 'constant'"),
             (self.dtype in ("auto", "bfloat16", "float32"), "--dtype must be auto, bfloat16 or float32"),
+            (self.report_to in ("", "tensorboard", "wandb"), "--report_to must be tensorboard or wandb"),
             (self.task in ("", "detection", "classify", "math"), "--task must be detection, classify or math"),
         ]
         if failed := [sentence for passed, sentence in checks if not passed]:
@@ -419,6 +423,7 @@ class Run:
         self.global_step, self.recent, self.skipped, self.bad_in_a_row = 0, [], 0, 0
         self.grad_norm = self.learning_rate = 0.0
         self.policy = self.reference = self.optimizer = None
+        self.report = Reporter(cfg.report_to)  # on every rank, so that all find it missing; rank 0 starts it
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_):
@@ -515,6 +520,7 @@ class Run:
             rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(rounded) + "\n")
+            self.report(rounded)
             self._show(stage, row)
         return means
 
@@ -670,6 +676,7 @@ class Run:
             (self.out / "predictions").mkdir(exist_ok=True)
             write_aside(self.out / "predictions" / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
             write_aside(file, json.dumps({"rows": rows + [{"name": name, "splits": splits}]}, indent=1))
+            self.report.results(self.global_step, splits)
         gather(None)
 
     def say(self, text):
@@ -876,7 +883,8 @@ def prepare_out(cfg):
     out = Path(cfg.out)
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     free = {"resume", "allow_changes", "out", "threads", "timeout_minutes", "save_every", "keep", "sample_every",
-            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "check"}  # change time and memory alone
+            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "check",
+            "report_to"}  # change time, memory and where numbers go alone
     if (out / "config.json").exists():
         if not cfg.resume:
             raise UserError(f"--out {out} holds a run already; continue it with --resume or name another directory")
@@ -944,9 +952,13 @@ def train(cfg):
         prepare_out(cfg)
     gather(None)
     first_stage, first_step = run.resume()
+    if run.rank == 0:
+        run.report.start(run.out, dataclasses.asdict(cfg), run.global_step)
     if not first_step:  # nothing is done twice: a row that is there already is left alone
         run.evaluate(cfg.curriculum[first_stage - 1].label if first_stage else "base")
     for stage in cfg.curriculum[first_stage:]:
+        if run.rank == 0:
+            write_cards(run, write_aside)  # of the stage before, now that it is evaluated
         first = first_step if stage.index == first_stage else 0
         if stage.name == "reject":
             run.examples["reject"] = run.self_improve(stage, first)
@@ -954,6 +966,7 @@ def train(cfg):
         run.save(run.stage_dir(stage.index), stage.index + 1, 0)
         run.evaluate(stage.label)
     if run.rank == 0:
+        write_cards(run, write_aside)
         finish(run)
 
 

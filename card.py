@@ -1,0 +1,179 @@
+"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself wrote down."""
+import dataclasses
+import json
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+from data import Example, instruction
+from pictures import wilson
+from sample import read_jsonl
+
+HIDDEN = {"model", "data", "image_root", "out", "questions", "judge_url", "resume", "allow_changes", "report_to"}
+
+CARD = """---
+{front}
+---
+
+# {title}
+
+A checkpoint of [Curr-ReFT](https://arxiv.org/abs/2503.07065) (curriculum reinforcement fine-tuning of small
+vision-language models), after stage {number} of {total} of its run. Trained from {base}.
+
+## Training
+
+| stage | steps done | training rows | from |
+|---|---|---|---|
+{stages}
+
+RL stages (binary, choice, open) use GRPO; sft and reject are supervised, reject on the model's own best-judged answers.
+A stage without a file of its own asks the rows of the open file in its form.
+
+Settings that differ from the defaults; config.json of the run has all, `python currreft.py --help` says what they mean:
+
+| setting | value |
+|---|---|
+{settings}
+
+## Results
+
+{results}
+
+## Use
+
+Boxes are in pixels of the image as the processor resizes it (sides multiples of 28), not of the original.
+`AutoProcessor` needs torchvision.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+path = "."  # this directory
+model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+processor = AutoProcessor.from_pretrained(path)
+question = "Where is the dog?\\n" + {instruction}
+messages = [{{"role": "user", "content": [{{"type": "image", "image": "photo.jpg"}},
+                                         {{"type": "text", "text": question}}]}}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                       return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False, repetition_penalty=1.0)
+print(processor.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
+```
+
+With the project: `python sample.py answer --model . --image photo.jpg --question "Where is the dog?" --task detection`.
+
+Made with torch {torch}, transformers {transformers}, project commit {commit}.
+
+## Citation
+
+```bibtex
+@misc{{deng2025currreft,
+  title = {{Boosting the Generalization and Reasoning of Vision Language Models with Curriculum Reinforcement
+           Learning}},
+  author = {{Huilin Deng and Ding Zou and Rui Ma and Hongchen Luo and Yang Cao and Yu Kang}},
+  year = {{2025}}, eprint = {{2503.07065}}, archivePrefix = {{arXiv}}
+}}
+```
+"""
+
+
+def code(value):
+    """Any text as Markdown code that a table cell can hold: on one line, nothing in it acts."""
+    text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "\\|")
+    return f"`{text.strip() or ' '}`"
+
+
+def base_model(name):
+    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{Path(name).absolute()}/")
+    if cached or not Path(name).exists():
+        hub = "/".join(cached.groups()) if cached else str(name)
+        return hub, f"[{hub}](https://huggingface.co/{hub})"
+    return None, f"a local checkpoint, {code(Path(name).resolve().name)}"
+
+
+def front_matter(hub):
+    """YAML; every value is a quoted JSON string, which YAML reads as it is."""
+    rows = [f"base_model: {json.dumps(hub)}"] if hub else []
+    return "\n".join([*rows, "library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- curr-reft",
+                      "- grpo", "- qwen2_5_vl", "# license: yours to choose, as far as base model and data allow"])
+
+
+def trained_on(run, stage):
+    """(number of rows, names of their files) of a stage."""
+    rows = run.examples.get(stage.name, [])
+    count = str(len(rows))
+    if stage.name == "reject":
+        rows, kept = run.questions, run.out / f"rejected-{stage.index + 1}.jsonl"
+        count = f"{len(read_jsonl(kept))} kept of {len(rows)} questions"
+    files = Counter(Path(example.where.rpartition(":")[0]).name for example in rows)
+    return count, ", ".join(f"{code(file)} ({n})" for file, n in files.items())
+
+
+def stage_table(run, last):
+    """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
+    logged = [row["stage_index"] for row in read_jsonl(run.out / "metrics.jsonl")]
+    return "\n".join(" | ".join([f"| {stage.label}", f"{logged.count(stage.index)} of {stage.steps}",
+                                 *trained_on(run, stage)]) + " |" for stage in run.cfg.curriculum[:last.index + 1])
+
+
+def setting_table(cfg):
+    """Rows of the settings that differ from their defaults, but for paths and addresses."""
+    changed = [(f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)
+               if f.name not in HIDDEN and getattr(cfg, f.name) != f.default]
+    return "\n".join(f"| `{name}` | {code(' '.join(value) if isinstance(value, tuple) else value)} |"
+                     for name, value in changed)
+
+
+def result_table(run, label):
+    """Accuracies of this checkpoint beside the base model's, as results.json has them."""
+    file = run.out / "results.json"
+    rows = {row["name"]: row["splits"] for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    if label not in rows:
+        return "Not evaluated: the data held no test questions."
+
+    def cell(scores):
+        return f"{100 * scores['accuracy']:.1f} ±{100 * wilson(scores['accuracy'] * scores['n'], scores['n']):.1f}" \
+            if scores else "-"
+    lines = [f"| {code(split)} | {code(task)} | {scores['n']} | "
+             f"{cell(rows.get('base', {}).get(split, {}).get(task))} | {cell(scores)} |"
+             for split, tasks in rows[label].items() for task, scores in tasks.items()]
+    head = ["Greedy accuracy in %, and half the width of its 95 % Wilson interval; one run, one seed.", "",
+            "| test split | task | questions | base model | this checkpoint |", "|---|---|---|---|---|"]
+    return "\n".join(head + lines)
+
+
+def commit():
+    """The project's commit, "-dirty" if files differ from it; "unknown" outside of a clone."""
+    here = Path(__file__).resolve().parent
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(["git", f"--git-dir={here / '.git'}", f"--work-tree={here}", *describe], check=True,
+                              capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def card(run, stage):
+    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage."""
+    hub, base = base_model(run.cfg.model)
+    detection = Example(problem="", solution="", task="detection")
+    return CARD.format(
+        front=front_matter(hub), title=f"Curr-ReFT, {stage.label}", number=stage.index + 1,
+        total=len(run.cfg.curriculum), base=base, stages=stage_table(run, stage), settings=setting_table(run.cfg),
+        results=result_table(run, stage.label), instruction=repr(instruction(detection)),
+        tokens=run.cfg.max_completion_length, torch=torch.__version__, transformers=transformers.__version__,
+        commit=commit())
+
+
+def write_cards(run, write):
+    """README.md for every finished stage that has none: also for one whose run was killed before its card was written.
+
+    `write(path, text)` writes a file so that it is complete or absent.
+    """
+    for stage in run.cfg.curriculum:
+        if run.stage_dir(stage.index).exists() and not (readme := run.stage_dir(stage.index) / "README.md").exists():
+            write(readme, card(run, stage))

@@ -1,0 +1,273 @@
+"""The model card and --report_to: both say what the run's own files say, and neither can harm a run."""
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_checkpoint, tiny_data
+
+import card
+import currreft
+import pictures
+from currreft import Config, main
+from pictures import wilson
+from report import Reporter
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    return tiny_checkpoint(path / "my|`base`"), tiny_data(path / "data")
+
+
+@pytest.fixture
+def flags(base):
+    return ["--model", str(base[0]), "--data", str(base[1]), "--prompts_per_step", "2", "--num_generations", "2",
+            "--threads", "1", "--max_completion_length", "8", "--sft_batch", "2", "--reject_samples", "2",
+            "--reject_threshold", "0", "--eval_limit", "3", "--stages", "binary:3", "reject:2"]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(text, heading):
+    """Cells of the rows of the table that follows a heading of a card."""
+    lines = text.split(f"## {heading}\n")[1].split("## ")[0].splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def stopped(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_curves_of_a_run_without_rewards_are_drawn(flags, tmp_path, capsys):
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "sft:2"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said[:2]] == [["sft", "1/2"], ["sft", "2/2"]], "a line a step, no terminal"
+    assert pictures.main(["curves", str(tmp_path / "run"), "--out", str(tmp_path / "curves.png")]) == 0
+
+
+# ---- The card ----
+
+def test_a_card_says_what_the_runs_files_say(flags, tmp_path):
+    main([*flags, "--out", str(tmp_path / "run"), "--beta", "0.125"])
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    results = {row["name"]: row["splits"] for row in rows}
+    kept = len(read_jsonl(tmp_path / "run" / "rejected-2.jsonl"))
+    for label in ("1-binary", "2-reject"):
+        text = (tmp_path / "run" / "stages" / label / "README.md").read_text()
+        front = yaml.safe_load(text.split("---\n")[1])
+        assert front["library_name"] == "transformers" and front["pipeline_tag"] == "image-text-to-text"
+        assert "license" not in front and "base_model" not in front, "neither is known"
+        assert str(tmp_path) not in text and str(Path(flags[1]).parent) not in text and "my\\|'base'" in text
+        stages = table(text, "Training")
+        assert stages[1] == ["1-binary", "3 of 3", "12", "`judge.jsonl` (12)"]
+        if label == "2-reject":
+            assert stages[2] == ["2-reject", "2 of 2", f"{kept} kept of 5 questions", "`questions.jsonl` (5)"]
+        shown = table(text, "Results")[1:]
+        assert len(shown) == sum(map(len, results[label].values())) > 2
+        for split, task, n, before, after in shown:
+            for cell, name in ((before, "base"), (after, label)):
+                scores = results[name][split.strip("`")][task.strip("`")]
+                half = 100 * wilson(scores["accuracy"] * scores["n"], scores["n"])
+                assert int(n) == scores["n"] and cell == f"{100 * scores['accuracy']:.1f} ±{half:.1f}"
+        settings = dict(row for row in table(text, "Training") if row[0].startswith("`"))
+        assert settings["`beta`"] == "`0.125`" and settings["`stages`"] == "`binary:3 reject:2`"
+        assert "`lr`" not in settings and "`model`" not in settings and "`data`" not in settings
+
+
+def test_a_run_that_dies_before_its_card_writes_it_on_resume_and_keeps_the_others(flags, tmp_path, monkeypatch, capsys):
+    run, stages = [*flags, "--out", str(tmp_path / "run")], tmp_path / "run" / "stages"
+
+    def full(path, text):
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        original(path, text)
+    original = currreft.write_aside
+    monkeypatch.setattr(currreft, "write_aside", full)
+    code, said = stopped(capsys, run)
+    assert code == 1 and "No space left" in said and not (stages / "1-binary" / "README.md").exists()
+    monkeypatch.undo()
+    main([*run, "--resume"])
+    first = (stages / "1-binary" / "README.md").read_text()
+    assert "3 of 3" in first and "1-binary" in first and "2-reject" not in table(first, "Training")
+    (stages / "1-binary" / "README.md").write_text("edited by its owner")
+    main([*run, "--resume"])
+    assert (stages / "1-binary" / "README.md").read_text() == "edited by its owner"
+
+
+def test_a_card_of_a_run_without_tests_claims_no_results(base, flags, tmp_path):
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    (data / "images").symlink_to(base[1] / "images")
+    (data / "train" / "open.jsonl").write_bytes((base[1] / "grpo_data" / "train" / "open.jsonl").read_bytes())
+    main([*flags, "--data", str(data), "--out", str(tmp_path / "run"), "--stages", "choice:1", "--skip_bad_rows"])
+    text = (tmp_path / "run" / "stages" / "1-choice" / "README.md").read_text()
+    assert "Not evaluated" in text and table(text, "Training")[1][2:] == ["8", "`open.jsonl` (8)"]
+
+
+@pytest.mark.parametrize("name, hub", [
+    ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    ("{tmp}/models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/0123abcd", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    ("{tmp}/private/base", None)])
+def test_a_base_model_is_named_without_the_machines_path(tmp_path, name, hub):
+    if name.startswith("{tmp}"):
+        name = name.format(tmp=tmp_path)
+        Path(name).mkdir(parents=True)
+    found, said = card.base_model(name)
+    assert found == hub and str(tmp_path) not in said and (hub or "`base`") in said
+    assert yaml.safe_load(card.front_matter(found)).get("base_model") == hub
+
+
+@pytest.mark.parametrize("text", ["a|b", "`rm`", "x\n# y\n---\n", "\x1b[31m<script>", "", "|", "é ✓"])
+def test_hostile_text_stays_in_its_cell(text):
+    cell = card.code(text)
+    assert cell[0] == cell[-1] == "`" and cell.count("`") == 2 and "\n" not in cell and "\x1b" not in cell
+    assert len(re.split(r"(?<!\\)\|", f"| {cell} |")) == 3
+
+
+def test_settings_of_addresses_and_paths_are_not_published():
+    cfg = Config(data="/mine/data", model="/mine/base", judge_url="https://key@host", questions="/mine/q", lr=1e-5)
+    assert card.setting_table(cfg) == "| `lr` | `1e-05` |"
+
+
+# ---- --report_to ----
+
+class FakeTensorBoard:
+    """Stands for SummaryWriter: remembers what it is told."""
+    made = []
+
+    def __init__(self, log_dir, purge_step=None):
+        Path(log_dir).mkdir(exist_ok=True)
+        self.purge_step, self.log_dir, self.scalars = purge_step, log_dir, {}
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+    def flush(self):
+        pass
+
+
+class FakeWandb(types.ModuleType):
+    """Stands for the wandb module; `broken_at`: the step at which its network goes away."""
+
+    def __init__(self, broken_at=None):
+        super().__init__("wandb")
+        self.begun, self.rows, self.broken_at, self.metrics = [], [], broken_at, []
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, row):
+        if row["step"] == self.broken_at:
+            raise ConnectionError("network is down")
+        self.rows.append(row)
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeTensorBoard
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(FakeTensorBoard, "made", [])
+    return FakeTensorBoard.made
+
+
+def evaluations(run):
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    return [{f"eval/{split}/{task}/{name}": value for split, tasks in row["splits"].items()
+             for task, figures in tasks.items() for name, value in figures.items()} for row in rows]
+
+
+def test_tensorboard_gets_every_number_under_its_step_and_resume_goes_on_there(flags, tmp_path, tensorboard):
+    run = [*flags, "--out", str(tmp_path / "run"), "--report_to", "tensorboard"]
+    main(run)
+    (writer,) = tensorboard
+    assert writer.log_dir == str(tmp_path / "run" / "tensorboard") and writer.purge_step == 1
+    for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        for name, value in row.items():
+            assert isinstance(value, str) or name == "step" or writer.scalars.pop((name, row["step"])) == value
+    for step, figures in zip((0, 3, 5), evaluations(tmp_path / "run"), strict=True):
+        for name, value in figures.items():
+            assert writer.scalars.pop((name, step)) == value
+    assert not writer.scalars
+    main([*run, "--resume"])
+    assert tensorboard[1].log_dir == writer.log_dir and tensorboard[1].purge_step == 6
+
+
+def test_wandb_continues_its_run_and_gets_every_row_once(flags, tmp_path, monkeypatch):
+    run, wandb = [*flags, "--out", str(tmp_path / "run"), "--report_to", "wandb"], FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    main(run)
+    main([*run, "--resume"])
+    first, second = wandb.begun
+    assert first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
+    assert first["config"]["lr"] == 1e-6
+    assert ("*", "step") in wandb.metrics and "step" in wandb.rows[0]
+    assert [row for row in wandb.rows if "stage" in row] == read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in wandb.rows if "stage" not in row] == [0, 3, 5]
+
+
+def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
+    wandb = FakeWandb(broken_at=2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    main([*flags, "--out", str(tmp_path / "run"), "--report_to", "wandb"])
+    said = capsys.readouterr().err
+    assert said.count("--report_to wandb failed at step 2 (network is down)") == said.count("failed at step") == 1
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in wandb.rows] == [0, 1]
+
+
+def test_a_tracker_taken_up_on_resume_is_told_the_steps_before(flags, tmp_path, monkeypatch):
+    run, wandb = [*flags, "--out", str(tmp_path / "run")], FakeWandb()
+    main(run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    main([*run, "--resume", "--report_to", "wandb"])                # free to change
+    assert wandb.rows == read_jsonl(tmp_path / "run" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_missing_tracker_is_a_sentence_before_a_model_loads(flags, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setitem(sys.modules, kind, None)                    # truly absent, or made so: the import fails
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(currreft, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    code, said = stopped(capsys, [*flags, "--out", str(tmp_path / "run"), "--report_to", kind])
+    assert code == 2 and f"--report_to {kind}" in said and f"pip install {kind}" in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_cannot_start_ends_the_run_before_training(flags, tmp_path, monkeypatch, capsys):
+    wandb = FakeWandb()
+    wandb.init = lambda **_: (_ for _ in ()).throw(RuntimeError("no api key"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = [*flags, "--out", str(tmp_path / "run")]
+    code, said = stopped(capsys, [*run, "--report_to", "wandb"])
+    assert code == 2 and "no api key" in said and "--resume" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    main([*run, "--resume"])
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+def test_without_the_flag_no_tracker_is_imported(flags, tmp_path, monkeypatch, capsys):
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    reporter = Reporter()
+    reporter.start(tmp_path, {}, 0)
+    reporter({"step": 1})
+    assert not list(tmp_path.iterdir())
+    code, said = stopped(capsys, [*flags, "--report_to", "mlflow"])
+    assert code == 2 and "--report_to must be tensorboard or wandb" in said
