@@ -465,7 +465,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("curves", help="a metric against the step")
     command.add_argument("runs", nargs="+", metavar="RUN")
     command.add_argument("--out", default="curves.png")
-    command.add_argument("--metric", default="reward", help="a key of metrics.jsonl, such as reward/accuracy or kl")
+    command.add_argument("--metric", help="a key of metrics.jsonl, such as kl (default: reward, or loss where none is)")
     command.add_argument("--smooth", type=whole, help="steps in the running mean (default: a twentieth of the run)")
     command = commands.add_parser("table", help="accuracies in %% with 95 %% intervals")
     command.add_argument("runs", nargs="+", metavar="RUN")
@@ -477,7 +477,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "curves":
-            print(curves(args.runs, args.out, args.metric, args.smooth))
+            rewarded = any("reward" in row for run in args.runs for row in read_metrics(run).values())
+            print(curves(args.runs, args.out, args.metric or ("reward" if rewarded else "loss"), args.smooth))
         elif args.command == "table":
             print(table({name: read_results(run) for name, run in zip(run_names(args.runs), args.runs)}))
         else:
