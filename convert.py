@@ -318,6 +318,7 @@ def convert(args):
     faults, left_out, paths = [], Counter(), outputs(args)
     candidates = list(args.read(read_json(args.file), args, faults, left_out))
     chosen = choose(candidates, args, faults, left_out)
+    faults = list(dict.fromkeys(faults))                # an image's fault is met once for each of its questions
     told = [*faults[:20], *([f".. and {len(faults) - 20} more."] if len(faults) > 20 else [])]
     if faults and not args.skip_bad_rows:
         raise UserError("\n".join([f"{args.file}: {len(faults)} entries cannot be used.", *told,

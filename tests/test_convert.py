@@ -141,6 +141,7 @@ def test_a_bad_entry_is_told_with_its_index_or_spoils_its_image(tmp_path, instan
     file, out = save(tmp_path, value), tmp_path / "open.jsonl"
     said = failed(capsys, "coco", file, "--image_root", root, "--out", out)
     assert words in said and str(file) in said and "--skip_bad_rows" in said and not out.exists()
+    assert len(set(said.splitlines())) == len(said.splitlines()), "an image's fault is told once"
     run("coco", file, "--image_root", root, "--out", out, "--skip_bad_rows")
     assert "dropped" in capsys.readouterr().err
     derive_all(out, root)
