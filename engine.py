@@ -63,7 +63,7 @@ class Packed:
     completion_real: torch.Tensor  # (tokens of completions,) flat places in (R, T) that are not padding
     group: torch.Tensor            # (R,) the prompt of each completion
     attend: torch.Tensor           # (R, 1, T * repeats, P + T) 0 where a completion token sees a prompt or own token,
-                                   # else -inf; a line for each of the query heads that share keys
+                                   # else -inf; a line for each of the query heads that share keys; R = 1 for one prompt
     predictor: torch.Tensor        # (tokens of completions,) where the token lies whose output predicts each of them
     mask: torch.Tensor             # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
     pixel_values: torch.Tensor | None = None  # (patches, 1176)
@@ -109,7 +109,9 @@ def pack(model, prompts, completions):
     completion_index, completion_real = _padded_index([len(c) for c in flat], sum(prompt_lengths))
     T = completion_index.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    sees = torch.cat([prompt_real[group][:, None].expand(-1, T, -1), causal.expand(len(flat), T, T)], dim=2)
+    whose = group if len(prompts) > 1 else slice(1)  # completions of one prompt all see alike: one mask for all
+    seen = prompt_real[whose][:, None].expand(-1, T, -1)
+    sees = torch.cat([seen, causal.expand(len(seen), T, T)], dim=2)
     attend = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, float("-inf"))
     text = model.config.text_config
     attend = attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
@@ -216,7 +218,7 @@ class SelectedLogps(torch.autograd.Function):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for c in _chunks(len(hidden), len(weight)):
-            probs = (SelectedLogps.logits(hidden[c], weight, bias, ctx.temperature) - lse[c, None]).exp_()
+            probs = SelectedLogps.logits(hidden[c], weight, bias, ctx.temperature).sub_(lse[c, None]).exp_()
             d = probs.mul_(-grad[c, None])  # d logp / d logits = onehot - softmax
             d.scatter_add_(1, targets[c, None], grad[c, None])
             d = d.div_(ctx.temperature).to(weight.dtype)
@@ -295,6 +297,10 @@ class Engine:
         self.bias = forbidden_bias(model, processor)
         self.end_ids = torch.tensor(processor.end_ids, device=device)
         self.rows, self.slots = torch.arange(rows, device=device), torch.arange(self.length, device=device)
+        # A rotation of x is x * cos + (x, its halves exchanged) * sin, with the sign of the exchange in the sine.
+        cos, sin = model.model.language_model.rotary_emb(self.cache.keys, self.slots.expand(3, 1, -1))  # (1, L, D)
+        low, high = sin.chunk(2, -1)
+        self.cos, self.sin = cos[0, :, None], torch.cat([-low, high], -1)[0, :, None]  # (L, 1, D)
         self.graphs, self.pool, self.side = {}, None, torch.cuda.Stream() if self.capture else None
 
         def table(*shape, dtype=torch.long):
@@ -312,11 +318,11 @@ class Engine:
         """Feed the newest token of rows 0..n-1, sample the next one. The whole of it is one CUDA graph."""
         rows, newest = self.rows[:n], self.count[:n] - 1
         slot = self.prompt_length[:n] + newest
-        mask = (self.slots[:length] <= slot[:, None])[:, None, None]  # (n, 1, 1, L)
         x = self.model.get_input_embeddings()(self.tokens[rows, newest])  # (n, H)
-        text = self.model.model.language_model
-        cos, sin = text.rotary_emb(x, (slot + self.offset[:n])[None, None].expand(3, 1, n))  # (1, n, D)
-        rotation = cos[0, :, None], sin[0, :, None]
+        unseen = (self.slots[:length] > slot[:, None])[:, None, None]  # (n, 1, 1, L)
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)  # once, not once a layer
+        text, position = self.model.model.language_model, slot + self.offset[:n]
+        rotation = self.cos[position], self.sin[position]
         for i, layer in enumerate(text.layers):
             keys, values = self.cache.keys[i], self.cache.values[i]
             q, keys[rows, :, slot], values[rows, :, slot] = qkv(layer, x, rotation)
@@ -326,7 +332,7 @@ class Engine:
 
     def _sample(self, logits, rows):
         """Draw a token for each of `rows` from logits (len(rows), V); book it and whether the row has ended."""
-        logps = (logits.float() / (self.temperature or 1.0) + self.bias).log_softmax(-1)
+        logps = torch.add(self.bias, logits, alpha=1 / (self.temperature or 1.0)).log_softmax(-1)
         step = self.count[rows]
         token = logps.argmax(-1) if self.temperature == 0 else \
             inverse_cdf(logps.exp(), self.uniform[rows, step], self.top_p)
@@ -460,8 +466,7 @@ def qkv(layer, x, rotation):
     q, k, v = (project(x).view(len(x), -1, attention.head_dim)
                for project in (attention.q_proj, attention.k_proj, attention.v_proj))
     heads = torch.cat([q, k], 1)
-    low, high = heads.chunk(2, -1)
-    heads = heads * cos + torch.cat([-high, low], -1) * sin
+    heads = heads * cos + heads.roll(attention.head_dim // 2, -1) * sin
     return heads[:, :q.shape[1]], heads[:, q.shape[1]:], v
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_data
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine
@@ -139,6 +140,27 @@ def test_what_was_sampled_is_what_is_scored(world, temperature):
     scored = token_logps(policy, batch, forbidden_bias(policy, processor), temperature)
     for row, completion in enumerate(o for group in groups for o in group):
         torch.testing.assert_close(scored[row, :len(completion.tokens)], completion.logps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
+def test_a_decode_step_never_waits_for_its_numbers(world, temperature, top_p):
+    """What a CUDA graph cannot hold: numbers read by the host, shapes that depend on values, a cache that moves."""
+    policy, processor, _, prompts = world
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+    generate(policy, processor, prompts, 2, 4, temperature, top_p)
+    decoder = policy.engine
+    fixed = [decoder.cache.keys, decoder.cache.values, decoder.tokens, decoder.logps, decoder.count, decoder.done]
+    before = [t.data_ptr() for t in fixed]
+    with torch.no_grad(), Record():
+        decoder.step(4, decoder.length)
+    assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "repeat_interleave"}
+    assert [t.data_ptr() for t in fixed] == before
+    assert {"index_put_", "cumsum" if temperature else "argmax"} <= called, "the recorder must see the step"
 
 
 def test_greedy_generation_is_that_of_transformers(world):
