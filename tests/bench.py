@@ -2,6 +2,7 @@
 
     python tests/bench.py                  a CPU: about 5 minutes
     python tests/bench.py --size 3b        a GPU: the real Qwen2.5-VL-3B configuration with random bfloat16 weights
+    python tests/bench.py --against_trl    whole training steps, in turn with those of TRL's GRPOTrainer
     python tests/bench.py --json > out.json
 
 Weights are random: the work is the same. Compared measures are interleaved; figures are medians of --repeats.
@@ -15,20 +16,24 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import transformers
+from tiny import tiny_image, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from currreft import ShardedAdamW, token_logps  # noqa: E402
-from data import Prompt  # noqa: E402
+from currreft import Config, Run, ShardedAdamW, Stage, group_advantages, grpo_loss, grpo_step, token_logps  # noqa: E402
+from data import Example, Prompt, instruction  # noqa: E402
 from engine import attach_attention, forbidden_bias, generate, pack  # noqa: E402
+from rewards import format_reward  # noqa: E402
 
 SIZES = {  # text hidden, intermediate, layers, heads, kv heads, vocabulary; vision hidden, intermediate, depth, heads
+    "demo": (128, 384, 4, 4, 2, 1024, 128, 256, 2, 4),
     "tiny": (192, 512, 4, 4, 2, 512, 64, 128, 2, 4),
     "small": (512, 1408, 8, 8, 2, 8192, 128, 256, 4, 4),
     "3b": (2048, 11008, 36, 16, 2, 151_936, 1280, 3420, 32, 16),  # config.json of Qwen/Qwen2.5-VL-3B-Instruct
@@ -125,17 +130,14 @@ def rollout(model, processor, device, repeats, prompts=4, G=8, new=128, length=2
 
     seconds = interleaved({"engine": ours, "generate": theirs}, device, repeats)
     tokens = prompts * G * new
-    out = {"engine tok/s": tokens / seconds["engine"], "generate tok/s": tokens / seconds["generate"],
-           "speed-up": seconds["generate"] / seconds["engine"]}
-    if device == "cuda":  # a decode step must read every weight once; the limit is what this card can read
-        weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".visual." not in n)
-        x = torch.empty(2**30, dtype=torch.uint8, device=device)
-        copy = statistics.median(timed(lambda: x.clone(), device) for _ in range(20))
-        bandwidth = 2 * x.numel() / copy
-        out |= {"bandwidth GB/s": bandwidth / 1e9,
-                "share of bandwidth": weights / bandwidth / (seconds["engine"] / new)}
+    # A decode step must read every weight once; the limit is what this memory can be read at.
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".visual." not in n)
+    x = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    bandwidth = 2 * x.numel() / statistics.median(timed(x.clone, device) for _ in range(20))
     model.engine = None
-    return out
+    return {"engine tok/s": tokens / seconds["engine"], "generate tok/s": tokens / seconds["generate"],
+            "speed-up": seconds["generate"] / seconds["engine"], "bandwidth GB/s": bandwidth / 1e9,
+            "share of bandwidth": weights / bandwidth / (seconds["engine"] / new)}
 
 
 def group_update(model, processor, P, C, G, separate=False):
@@ -231,30 +233,171 @@ def scaling(model, processor, device, repeats, P=200, C=64):
     return {name: f"{value:.2f} s, {value / first:.2f} x" for name, value in seconds.items()}
 
 
-def full_step(model, processor, repeats, P=700, C=512, G=8, prompts=8):
-    """CUDA: peak memory and seconds by phase of a full fine-tuning step, activations checkpointed."""
-    from torch.nn import functional as F
+def full_step(model, processor, size, device, repeats, P=700, C=512, G=8, prompts=8, groups=(8, 16, 32, 64, 128)):
+    """A full fine-tuning step with activations checkpointed: memory, seconds by phase, and what follows from them.
+
+    What follows: an estimate of the released schedule's hours, and the largest of `groups` (values of G) that fits.
+    """
+    reference = attach_attention(build(size, device, model.dtype)[0])
     attach_attention(model)
-    reference, _ = build("3b", "cuda", torch.bfloat16)
-    attach_attention(reference)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-    optimizer = ShardedAdamW(model.named_parameters())
+    optimizer, bias = ShardedAdamW(model.named_parameters()), forbidden_bias(model, processor)
     batch = [make_prompt(model, processor, P, seed=i) for i in range(prompts)]
-    bias, times = forbidden_bias(model, processor), {"rollout": [], "reference": [], "update": [], "optimizer": []}
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(repeats + 1):
-        groups = []
-        times["rollout"].append(timed(lambda: groups.extend(generate(model.eval(), processor, batch, G, C)), "cuda"))
-        packs = [pack(model, [p], [[o.tokens for o in g]]).to("cuda") for p, g in zip(batch, groups)]
-        with torch.no_grad():
-            times["reference"].append(timed(lambda: [token_logps(reference, b, bias) for b in packs], "cuda"))
-        times["update"].append(timed(lambda: [(-F.logsigmoid(token_logps(model.train(), b, bias)).sum()).backward()
-                                              for b in packs], "cuda"))
-        times["optimizer"].append(timed(lambda: (optimizer.reduce_gradients(1.0), optimizer.step(1e-6),
-                                                 optimizer.zero_grad()), "cuda"))
-    medians = {f"{name} s": statistics.median(values[1:]) for name, values in times.items()}
-    return {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, **medians}
+
+    def update(packs, references, G):
+        for packed, logp_ref in zip(packs, references):
+            logp, advantages = token_logps(model.train(), packed, bias), group_advantages(torch.rand(G))
+            grpo_loss(logp, logp.detach(), logp_ref, advantages.to(device), packed.mask)[0].backward()
+
+    @torch.no_grad()
+    def score(packs):
+        return [token_logps(reference, packed, bias) for packed in packs]
+
+    def step(batch, G):
+        """One step; returns seconds by phase."""
+        groups, references = [], []
+        rollout = timed(lambda: groups.extend(generate(model.eval(), processor, batch, G, C)), device)
+        packs = [pack(model, [p], [[o.tokens for o in g]]).to(device) for p, g in zip(batch, groups)]
+        return {"rollout": rollout, "reference": timed(lambda: references.extend(score(packs)), device),
+                "update": timed(lambda: update(packs, references, G), device),
+                "optimizer": timed(lambda: (optimizer.reduce_gradients(1.0), optimizer.step(1e-6),
+                                            optimizer.zero_grad()), device)}
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    steps = [step(batch, G) for _ in range(repeats + 1)][1:]
+    seconds = {phase: statistics.median(s[phase] for s in steps) for phase in steps[0]}
+    peak = {"peak GiB": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {}
+    fits = 0
+    for group in groups:
+        try:
+            step(batch[:1], group)
+        except torch.OutOfMemoryError:
+            break
+        fits = group
+    model.engine = None
+    return {**peak, **{f"{phase} s": value for phase, value in seconds.items()}, "step s": sum(seconds.values()),
+            "rollout tok/s": prompts * G * C / seconds["rollout"], "largest G that fits": f"{fits} of {groups}",
+            "schedule, estimated": schedule(seconds, P, C, G, prompts)}
+
+
+def schedule(seconds, P, C, G, prompts, questions=3000, sft_batch=32):
+    """The released schedule's hours, from one step's seconds by phase, as a sentence.
+
+    binary:600 choice:500 open:2300 reject:400; every completion is taken to be C tokens long. The number of questions
+    that are sampled from is not published; an SFT example costs the share of a group's update that its tokens have.
+    """
+    rl = (600 + 500 + 2300) * sum(seconds.values())
+    sampling = questions / prompts * 8 / G * seconds["rollout"]
+    sft = 400 * (sft_batch / prompts * seconds["update"] * (P + C) / (P + G * C) + seconds["optimizer"])
+    return (f"{(rl + sampling + sft) / 3600:.1f} h on one device: RL {rl / 3600:.1f} (3400 steps, {prompts} prompts "
+            f"x {G}), sampling {sampling / 3600:.1f} ({questions} questions x 8), "
+            f"SFT {sft / 3600:.1f} (400 steps, {sft_batch})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole steps, in turn with TRL's
+
+
+def write_checkpoint(size, folder):
+    """A random model of a named size in `folder`, with the tests' tokenizer, as both programs read it."""
+    model, tokenizer = build(size, "cpu", torch.float32)[0], tiny_tokenizer()
+    for name, token in (("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
+                        ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")):
+        setattr(model.config, name, tokenizer.convert_tokens_to_ids(token))
+    for part in (model, tokenizer, transformers.Qwen2VLImageProcessorPil()):
+        part.save_pretrained(folder)
+
+
+def write_examples(folder, count, side):
+    """`count` questions about a square picture each, `side` pixels wide: 28 x 28 of them are a token."""
+    pictures = [tiny_image(Path(folder) / f"{i}.png", (side, side), box=(i, i, 40, 40)) for i in range(count)]
+    return [Example(problem=f"How many boxes are there in picture {i}?", solution="1", images=(str(picture),))
+            for i, picture in enumerate(pictures)]
+
+
+def cheap_reward(text, example=None):
+    """Costs nothing and differs between completions."""
+    return len(text) % 7 / 7
+
+
+def our_step(folder, examples, G, new):
+    """(a function that takes the GRPO step of a number on all examples and returns its seconds by phase, its Run)."""
+    run = Run(Config(model=str(folder), prompts_per_step=len(examples), num_generations=G, max_completion_length=new,
+                     micro_batch=len(examples), max_rows=len(examples) * G, sample_every=10**9), torch.device("cpu"))
+    run.load_weights(folder)
+    run.load_reference(folder)
+    run.processor.forbidden_ids = lambda vocabulary: never_sampled(run.processor)
+    run.bias = forbidden_bias(run.policy, run.processor)
+    run.examples, run.accuracy_reward = {"open": examples}, cheap_reward
+    run.optimizer = ShardedAdamW(run.policy.named_parameters())
+    return lambda number: grpo_step(run, Stage(0, "open", 10**6), number)[1], run
+
+
+def never_sampled(processor):
+    """Vision tokens, which no completion may hold, and end tokens, so that none stops early."""
+    return [*processor.vision_ids, *processor.end_ids]
+
+
+def trl_trainer(folder, examples, processor, G, new, steps):
+    """TRL's GRPOTrainer set to the same step: one rollout, one update; no logging, saving or checkpointing."""
+    from datasets import Dataset, Image
+    from trl import GRPOConfig, GRPOTrainer
+    rows = [{"prompt": [{"role": "user", "content": f"{e.problem}\n{instruction(e)}"}], "image": e.images[0]}
+            for e in examples]
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, max_steps=steps, beta=0.04, loss_type="grpo",
+        num_generations=G, per_device_train_batch_size=G * len(examples), max_completion_length=new, learning_rate=1e-6,
+        gradient_checkpointing=False, generation_kwargs={"suppress_tokens": never_sampled(processor)},
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
+
+    def reward(completions, **_):
+        texts = [completion[0]["content"] for completion in completions]
+        return [cheap_reward(text) + format_reward(text, examples[0]) for text in texts]
+    trainer = GRPOTrainer(model=str(folder), args=config, reward_funcs=reward,
+                          train_dataset=Dataset.from_list(rows).cast_column("image", Image()))
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
+    """Seconds of whole GRPO steps, ours and TRL's in turn: same weights, prompts, images, sizes, lengths and loss.
+
+    TRL's rollout is its call of generate alone; reading images, rewards, reference and loss are in its rest.
+    """
+    times, rollouts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_checkpoint(size, folder)
+        examples = write_examples(folder, prompts, side)
+        step, run = our_step(folder, examples, G, new)
+        asked = {tuple(run.processor(example).input_ids.tolist()) for example in examples}
+        trainer = trl_trainer(folder, examples, run.processor, G, new, repeats + 1)
+        inner = trainer.model.generate
+
+        def generate_timed(input_ids, **inputs):
+            start = time.perf_counter()
+            out = inner(input_ids=input_ids, **inputs)
+            rollouts.append(time.perf_counter() - start)
+            if {tuple(ids) for ids in input_ids.tolist()} != asked or out.shape[1] != input_ids.shape[1] + new:
+                raise RuntimeError("TRL was asked other prompts or answered at another length: no comparison")
+            return out
+
+        class Turns(transformers.TrainerCallback):
+            def on_step_end(self, *_, **__):
+                theirs, ours = time.perf_counter() - self.began, step(len(times) + 1)
+                times.append({"ours s": ours["rollout"] + ours["update"], "TRL s": theirs, "ours, rollout s":
+                              ours["rollout"], "ours, rest s": ours["update"], "TRL, generate s": rollouts[-1],
+                              "TRL, rest s": theirs - rollouts[-1]})
+                self.began = time.perf_counter()
+
+        trainer.model.generate, turns = generate_timed, Turns()
+        trainer.add_callback(turns)
+        turns.began = time.perf_counter()
+        trainer.train()
+    medians = {name: statistics.median(t[name] for t in times[1:]) for name in times[0]}
+    return {"prompt tokens": str(max(map(len, asked))), "speed-up": medians["TRL s"] / medians["ours s"], **medians}
 
 
 def main(argv=None):
@@ -264,13 +407,22 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--against_trl", action="store_true",
+                        help="instead: whole training steps against TRL's GRPOTrainer, on the CPU")
     args = parser.parse_args(argv)
+    if args.against_trl:
+        try:
+            import trl  # noqa: F401
+            import torchvision  # noqa: F401  TRL's processor asks for it
+        except ImportError as error:
+            parser.error(f"--against_trl needs what this project does not: pip install trl torchvision ({error})")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not args.against_trl else "cpu"
     if args.size == "3b" and device == "cpu":
         parser.error("--size 3b needs a GPU")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model, processor = build(args.size, device, torch.bfloat16 if device == "cuda" else torch.float32)
     report = {"machine": {
         "date": time.strftime("%Y-%m-%d"),
@@ -278,24 +430,39 @@ def main(argv=None):
         "hardware": torch.cuda.get_device_name() if device == "cuda" else
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "transformers": transformers.__version__}}
-    measures = {f"rollout, 4 prompts of {P} tokens x 8, 128 new tokens":
-                lambda P=P: rollout(model, processor, device, args.repeats, length=P) for P in (100, 600)}
-    if device == "cuda":
-        measures["rollout, 8 prompts x 8, 256 tokens"] = \
-            lambda: rollout(model, processor, device, args.repeats, 8, 8, 256, 700)
-    measures["update of a group, P=600 C=200 G=8"] = lambda: update(model, processor, args.size, device, args.repeats)
-    measures["rollout + update as work grows"] = lambda: scaling(model, processor, device, args.repeats)
-    if args.size == "3b":
-        measures["full fine-tuning step, 8 prompts, P=700 C=512 G=8"] = \
-            lambda: full_step(model, processor, args.repeats)
+    if args.against_trl:
+        report["machine"]["trl"] = trl.__version__
+    cases = against_trl_cases(args) if args.against_trl else own_cases(args, model, processor, device)
     if not args.json:
         show("machine", report["machine"])
-    for name, measure in measures.items():
+    for name, measure in cases.items():
         report[name] = measure()
         if not args.json:
             show(name, report[name])
     if args.json:
         print(json.dumps(report, indent=1))
+
+
+def own_cases(args, model, processor, device):
+    """{title: a function without arguments that measures}, as much as this machine can."""
+    work = (model, processor, device, args.repeats)
+    cases = {f"rollout, 4 prompts of {P} tokens x 8, 128 new tokens": lambda P=P: rollout(*work, length=P)
+             for P in (100, 600)}
+    if device == "cuda":
+        cases["rollout, 8 prompts of 700 tokens x 8, 256 new tokens"] = lambda: rollout(*work, 8, 8, 256, 700)
+    cases["update of a group, P=600 C=200 G=8"] = lambda: update(model, processor, args.size, device, args.repeats)
+    cases["rollout + update as work grows"] = lambda: scaling(*work)
+    if args.size == "3b":
+        cases["full fine-tuning step, 8 prompts, P=700 C=512 G=8"] = \
+            lambda: full_step(model, processor, args.size, device, args.repeats)
+    return cases
+
+
+def against_trl_cases(args):
+    """The same for whole steps: short ones as in the demo, and longer ones of which most is picture."""
+    return {f"whole step, {prompts} prompts with a picture of {side} x {side} x 8, {new} new tokens":
+            lambda p=prompts, n=new, s=side: against_trl(args.size, args.repeats, p, 8, n, s)
+            for prompts, new, side in ((8, 64, 84), (2, 200, 560))}
 
 
 def show(name, figures):
