@@ -348,8 +348,9 @@ def trl_trainer(folder, examples, processor, G, new, steps):
             for e in examples]
     config = GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=True, bf16=False, max_steps=steps, beta=0.04, loss_type="grpo",
-        num_generations=G, per_device_train_batch_size=G * len(examples), max_completion_length=new, learning_rate=1e-6,
-        gradient_checkpointing=False, generation_kwargs={"suppress_tokens": never_sampled(processor)},
+        num_generations=G, max_completion_length=new, learning_rate=1e-6, gradient_checkpointing=False,
+        per_device_train_batch_size=G, gradient_accumulation_steps=len(examples),  # faster than all groups at once
+        generation_kwargs={"suppress_tokens": never_sampled(processor)},
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
 
     def reward(completions, **_):
