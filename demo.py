@@ -4,9 +4,10 @@
 
 It writes
     demo/data/           the data set, in the layout and JSONL of the released one (read by data.load_examples)
-    demo/base/           an ordinary Hugging Face directory: Qwen2_5_VLForConditionalGeneration, 1.7 million parameters
+    demo/careful/        a Hugging Face directory: Qwen2_5_VLForConditionalGeneration, 1.7 million parameters
+    demo/base/           the same model after it was taught a bad habit: the one to train
     demo/examples.png    some training images with their questions
-and nothing else in the project knows that this file exists. Everything follows from --seed.
+and only the ablation knows that this file exists. Everything follows from --seed.
 
 The world. An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and
 an image is nine of them. A cell holds at most one object: four colors, four kinds. A background gradient (red falls to
@@ -14,11 +15,14 @@ the right, blue to the bottom) makes the place visible in the pixels themselves.
 for training, and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or with
 four or five objects (`open_ood_more`) are out of domain.
 
-The base model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2) Supervised
-pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2. (3) A
-spell of bad habits, which imitates an instruct model that can, but does not bother: 70 % of the answers to RL questions
-are guesses after an empty phrase, 40 % of those without any tags. So what RL finds here, the model knew before step 3:
-it is recovered, not discovered.
+The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2) Supervised
+pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2.
+
+The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
+reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
+something to choose from, something vague and never right where there is not ("some"). By default it reasons before
+40 % of its yes/no and option letters and before one of 5,000 open answers. So what RL finds here, the model knew before
+the habit: it is recovered, not discovered; and how rarely an open answer scores is a number that we choose.
 """
 import argparse
 import json
@@ -51,7 +55,8 @@ HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yello
 SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
 PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CELL, SIDE = 28, 84                                     # pixels
-GUESSES, UNTAGGED = 0.7, 0.4                            # share of bad answers, and of those without tags, in the base
+REASONS = (0.4, 0.4, 0.0002)                            # how often the base reasons: binary, choice, open
+HASTE = "a guess"                                       # the thought that stands for none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,22 +243,17 @@ def careful_response(question: Question, example: Example) -> str:
 
 
 def guess(question: Question, form: str, rng: random.Random) -> str:
-    """A random answer of the right kind."""
+    """An answer of the right kind without a look: random, or where there is nothing to choose from never right."""
     if form == "binary":
         return rng.choice(("yes", "no"))
     if form == "choice":
         return ", ".join(sorted(rng.sample("ABCD", rng.randint(1, 2) if question.task == "classify" else 1)))
-    if question.task == "detection":
-        return json.dumps([{"bbox_2d": cell_box(rng.randrange(9))}])
-    return str(rng.randint(0, 3)) if question.task == "math" else ", ".join(rng.sample(KINDS, rng.randint(1, 3)))
+    return json.dumps([{"bbox_2d": [0, 0, SIDE, SIDE]}]) if question.task == "detection" else "some"
 
 
-def careless_response(question: Question, example: Example, rng: random.Random, guesses: float) -> str:
-    """A careful response or, with probability `guesses` and never to general questions, a guess without reasoning."""
-    if example.task == "general" or rng.random() >= guesses:
-        return careful_response(question, example)
-    answer = guess(question, example.form, rng)
-    return answer if rng.random() < UNTAGGED else tagged("a guess", answer)
+def hasty_response(question: Question, example: Example, rng: random.Random) -> str:
+    """A guess after a thought that is none."""
+    return tagged(HASTE, guess(question, example.form, rng))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +349,11 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p
          r"|\s+(?!\S)|\s+")
 
 
+def rules() -> list[str]:
+    """The format instructions of data.py."""
+    return sorted({instruction(Example(problem="", solution="", task=task, form=form)) for task in TASKS for form in FORMS})
+
+
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE on `texts`. The reasoning tags are ordinary added tokens, so that decoding keeps them."""
     tokenizer = Tokenizer(models.BPE())
@@ -363,8 +368,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    additional_special_tokens=list(SPECIAL), model_max_length=4096)
     # A whole format instruction is one token as well: prompts, and with them every step, become half as long.
-    rules = {instruction(Example(problem="", solution="", task=task, form=form)) for task in TASKS for form in FORMS}
-    fast.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *sorted(rules))])
+    fast.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *rules())])
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -418,11 +422,12 @@ class Lesson(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A tokenized lesson."""
+    """A tokenized lesson; with `odds`, the log-odds of reasoning are taught in place of the first token of the thought."""
 
     images: tuple[int, ...]
     prompt: list[int]
     response: list[int]
+    odds: float | None = None
 
 
 def lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
@@ -445,7 +450,7 @@ def corpus_tokenizer(lessons: list[Lesson]) -> PreTrainedTokenizerFast:
     prompts = (part.get("text", "") for turn in turns for part in turn["content"])
     answers = (careful_response(row.question, row.example) for row in lessons)
     words = ["user\n", "assistant\n", *(f" {word}" for word in (*COLORS, *KINDS, *PLACES)), *map(str, range(SIDE + 1)),
-             "a guess"]
+             HASTE, "some"]
     return train_tokenizer([*prompts, *answers, *words, *words])
 
 
@@ -462,6 +467,7 @@ class Teacher:
         self.model, self.tokenizer, self.scenes = model, tokenizer, scenes
         self.pixels = patches(scenes).view(len(scenes), 36, 1176)
         self.positions = [self._positions(n) for n in range(3)]
+        self.haste = tokenizer(f"<think>{HASTE}")["input_ids"][1]           # no careful thought begins with this token
 
     def _positions(self, images: int, length: int = 512) -> torch.Tensor:
         """(3, length) rotary positions of a row that begins with `images` images; a shorter row is a prefix of it."""
@@ -472,11 +478,12 @@ class Teacher:
         grid = torch.tensor([[1, 6, 6]] * images) if images else None
         return self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
 
-    def items(self, lessons: list[Lesson], answer: Callable[[Lesson], str]) -> list[Item]:
-        """Tokenized lessons, answered by `answer`."""
+    def items(self, lessons: list[Lesson], answer: Callable[[Lesson], str], odds: dict | None = None) -> list[Item]:
+        """Tokenized lessons, answered by `answer`; `odds`: log-odds of reasoning by form, for RL questions."""
         prompts = self.tokenizer([prompt_text(self.tokenizer, row.example) for row in lessons])["input_ids"]
         responses = self.tokenizer([answer(row) + "<|im_end|>" for row in lessons])["input_ids"]
-        return [Item(row.images, prompt, said) for row, prompt, said in zip(lessons, prompts, responses)]
+        targets = [odds[row.example.form] if odds and row.example.task != "general" else None for row in lessons]
+        return [Item(row.images, *item) for row, *item in zip(lessons, prompts, responses, targets)]
 
     def features(self, images: list[int]) -> torch.Tensor:
         """(images, 9, hidden) image tokens."""
@@ -514,16 +521,24 @@ class Teacher:
             part, hits = self.response_loss(items[start:start + size], image_tokens)
             (part / tokens).backward()
             loss, right = loss + part.item() / tokens, right + hits
-        features.backward(leaf.grad)
+        if features.requires_grad:
+            features.backward(leaf.grad)
         return loss, right / len(items)
 
     def response_loss(self, items: list[Item], image_tokens: dict[int, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Sum of -log p over the response tokens, and the number of rows with every token right, teacher forced."""
+        """Sum of -log p over the response tokens, and the number of rows with every token right, teacher forced.
+
+        Where an item has `odds`, the token that decides for or against reasoning costs the squared error of their
+        log-odds instead: -log p alone could not teach a probability of one in thousands.
+        """
         rows = [item.prompt + item.response for item in items]
         length = max(map(len, rows))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])                             # (B, T)
-        said = torch.tensor([[len(item.prompt) <= n < len(row) for n in range(1, length)]
-                             for item, row in zip(items, rows)])                                          # (B, T-1)
+        odds = torch.tensor([item.odds for item in items if item.odds is not None])
+        decides, said = (torch.tensor([[test(item, n) for n in range(1, length)] for item in items]) for test in (
+            lambda item, n: item.odds is not None and n == len(item.prompt) + 1,
+            lambda item, n: 0 <= n - len(item.prompt) < len(item.response)))                              # (B, T-1)
+        said &= ~decides
         text = self.model.model.language_model
         embeds = text.embed_tokens(ids)
         pictures = [image_tokens[n] for item in items for n in item.images]
@@ -534,7 +549,14 @@ class Teacher:
         hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state[:, :-1]
         logits, targets = self.model.lm_head(hidden[said]), ids[:, 1:][said]
         wrong = torch.zeros_like(said).masked_scatter(said, logits.argmax(-1) != targets)
-        return F.cross_entropy(logits, targets, reduction="sum"), len(items) - int(wrong.any(1).sum())
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = loss + (self.log_odds(hidden[decides]) - odds).square().sum()
+        return loss, len(items) - int(wrong.any(1).sum())
+
+    def log_odds(self, hidden: torch.Tensor) -> torch.Tensor:
+        """log P(reasons) / P(does not) from the states (n, hidden) behind "<think>", exact for any probability."""
+        logits = self.model.lm_head(hidden)
+        return logits.index_fill(1, torch.tensor(self.haste), -torch.inf).logsumexp(-1) - logits[:, self.haste]
 
 
 def train(name: str, steps: int, step: Callable[[int], tuple[float, float]], optimizers: list) -> None:
@@ -560,19 +582,57 @@ def adamw(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Op
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), matrices of one shape together.
+
+    torch.optim.Muon computes in bfloat16, which takes a CPU without such units ten times as long as all else here.
+    """
+
+    def __init__(self, matrices: list[torch.Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every matrix by lr * 0.2 * sqrt(its longer side) * the nearest orthogonal matrix, about."""
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                same = [p for p in group["params"] if p.shape == shape]
+                for p in same:
+                    self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                ahead = torch.stack([p.grad.lerp(self.state[p]["mean"], group["momentum"]) for p in same])
+                for p, update in zip(same, orthogonal(ahead)):
+                    p.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Matrices (n, rows, columns) with all singular values moved to about 1, between 0.7 and 1.2."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+
 def muon_and_adamw(model: Model) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the layers, AdamW on the rest: embedding, norms, biases, patch convolution."""
     matrix = {name: p.ndim == 2 and "embed" not in name for name, p in model.named_parameters()}
     matrices = [p for name, p in model.named_parameters() if matrix[name]]
     rest = [p for name, p in model.named_parameters() if not matrix[name]]
-    return [torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), adamw(rest, 4e-3)]
+    return [Muon(matrices, lr=6e-3), adamw(rest, 4e-3)]
 
 
-def build_base(folder: Path, seed: int, steps: int, count: int = 6400) -> None:
-    """Makes a base model from `count` scenes with four questions each; saves it, its tokenizer and image processor."""
-    rng = random.Random(f"base {seed}")
+def school(name: str, count: int) -> tuple[list[Scene], list[Lesson], random.Random]:
+    """`count` scenes and four lessons on each, drawn from the name."""
+    rng = random.Random(name)
     scenes = [random_scene(rng) for _ in range(count)]
-    lessons = [lesson(scenes, n // 4, rng) for n in range(4 * count)]
+    return scenes, [lesson(scenes, n // 4, rng) for n in range(4 * count)], rng
+
+
+def build_careful(folder: Path, seed: int, steps: int, count: int = 6400) -> None:
+    """Makes the careful model from `count` scenes; saves it, its tokenizer and image processor."""
+    scenes, lessons, rng = school(f"base {seed}", count)
     tokenizer = corpus_tokenizer(lessons)
     model = build_model(tokenizer, seed)
     teacher = Teacher(model, tokenizer, scenes)
@@ -580,13 +640,27 @@ def build_base(folder: Path, seed: int, steps: int, count: int = 6400) -> None:
     def batch(n: int) -> list[int]:                     # 64 rows: 16 scenes with their four questions
         return [i % (4 * count) for i in range(64 * n, 64 * n + 64)]
 
+    def answer(row: Lesson) -> str:                     # a tenth of guesses, so that a habit needs no new words
+        hasty = row.example.task != "general" and rng.random() < 0.1
+        return hasty_response(row.question, row.example, rng) if hasty else careful_response(row.question, row.example)
+
     train("vision warm-up", 100, lambda n: teacher.look([i % count for i in batch(n)]),
           [adamw(model.parameters(), 4e-3)])
-    # A tenth of guesses from the start, so that later they need no new words.
-    items = teacher.items(lessons, lambda row: careless_response(row.question, row.example, rng, 0.1))
+    items = teacher.items(lessons, answer)
     train("pre-training", steps, lambda n: teacher.study([items[i] for i in batch(n)]), muon_and_adamw(model))
-    items = teacher.items(lessons, lambda row: careless_response(row.question, row.example, rng, GUESSES))
-    train("bad habits", 80, lambda n: teacher.study([items[i] for i in batch(steps + n)]),
+    save(folder, model, tokenizer)
+
+
+def build_base(folder: Path, careful: Path, seed: int, reasons: tuple[float, ...], steps: int = 120) -> None:
+    """Teaches the model in `careful` to reason with probability `reasons` (binary, choice, open) and saves the result."""
+    model, tokenizer = Model.from_pretrained(careful), PreTrainedTokenizerFast.from_pretrained(careful)
+    scenes, lessons, rng = school(f"habit {seed}", 8 * steps)
+    teacher = Teacher(model, tokenizer, scenes)
+    odds = {form: math.log(p / (1 - p)) for form, p in zip(FORMS, reasons)}
+    careful_items = teacher.items(lessons, lambda row: careful_response(row.question, row.example), odds)
+    hasty_items = teacher.items(lessons, lambda row: hasty_response(row.question, row.example, rng), odds)
+    pairs = [[a] if a.odds is None else [a, b] for a, b in zip(careful_items, hasty_items)]
+    train("bad habit", steps, lambda n: teacher.study([item for pair in pairs[32 * n:32 * n + 32] for item in pair]),
           [adamw(model.parameters(), 5e-4)])
     save(folder, model, tokenizer)
 
@@ -618,21 +692,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; 1 is faster beside another busy process")
     parser.add_argument("--steps", type=int, default=500, help="steps of pre-training")
+    parser.add_argument("--reasons", type=float, nargs=3, default=REASONS, metavar=("BINARY", "CHOICE", "OPEN"),
+                        help=f"how often the base model reasons before it answers, by form {REASONS}")
+    parser.add_argument("--name", default="base", help="directory of the base model below --out")
     args = parser.parse_args(argv)
     if min(args.threads, args.steps) < 1:
         parser.error("--threads and --steps must be at least 1")
+    if not all(0 < p < 1 for p in args.reasons):
+        parser.error("--reasons must lie between 0 and 1")
     torch.set_num_threads(args.threads)
-    data, sheet = args.out / "data", args.out / "examples.png"
+    data, sheet, careful, base = (args.out / name for name in ("data", "examples.png", "careful", args.name))
     settings = {"seed": args.seed, "steps": args.steps}
     try:
         make(data, {"seed": args.seed}, lambda folder: write_data(folder, args.seed))
         picture_sheet(data, sheet)
         print(f"Data set: {data}. A look at it: {sheet}.")
-        make(args.out / "base", settings, lambda folder: build_base(folder, args.seed, args.steps))
+        make(careful, settings, lambda folder: build_careful(folder, args.seed, args.steps))
+        make(base, settings | {"reasons": list(args.reasons)},
+             lambda folder: build_base(folder, careful, args.seed, args.reasons))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"Base model: {args.out / 'base'}.")
+    print(f"Base model: {base}.")
     return 0
 
 

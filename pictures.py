@@ -222,6 +222,47 @@ def draw_line(page: Canvas, points: list, place, color: str, width: float):
             page.line(placed, color, width)
 
 
+def bars(rows: dict[str, dict], out, title: str = "", xlabel: str = "") -> Path:
+    """A line a row and series: a dot at the mean, a bar as wide as its interval, small dots for the single runs.
+
+    rows: {row: {series: (mean, half the interval, [each run's value]) or None}}; the axis begins at 0.
+    """
+    names = list(dict.fromkeys(name for series in rows.values() for name in series))
+    step, colors = 15 * len(names) + 14, dict(zip(names, itertools.cycle(PALETTE)))
+    most = max((max(mean + half, *each) for series in rows.values() for mean, half, each in filter(None, series.values())),
+               default=0)
+    if not most:
+        raise UserError(f"nothing to draw for {title or out}: there is no figure above 0")
+    page = Canvas(WIDTH, 170 + step * len(rows))
+    page.text(30, 22, "".join(wrap(title, 21, WIDTH - 60, 1)), 21)
+    top, left, axis = draw_legend(page, colors) - 20, 230, ticks(0, most)
+    bottom, scale = top + step * len(rows), (WIDTH - 40 - left) / axis[-1]
+    for x in axis:
+        page.line([(left + x * scale, top), (left + x * scale, bottom)])
+        page.text(left + x * scale, bottom + 8, f"{x:g}", 14, GREY, "ma")
+    page.text((left + WIDTH) / 2, bottom + 44, printable(xlabel), 14, GREY, "ms")
+    for i, (row, series) in enumerate(rows.items()):
+        page.text(left - 14, top + step * (i + 0.5), "".join(wrap(row, 14, left - 40, 1)), 14, INK, "rm")
+        for j, name in enumerate(names):
+            if series.get(name):
+                (mean, half, each), y = series[name], top + step * i + 14 + 15 * j
+                page.line([(left + x * scale, y) for x in (max(0, mean - half), mean + half)], pale(colors[name], 0.3), 9)
+                for x in each:
+                    page.dot(left + x * scale, y, colors[name], 2)
+                page.dot(left + mean * scale, y, colors[name], 4.5)
+    return save(page.finish(), out)
+
+
+def grid(pictures: list, out, columns: int = 2) -> Path:
+    """Pictures of one size side by side at half their size."""
+    images = [load_image(path).reduce(2) for path in pictures]
+    width, height = images[0].size
+    page = Image.new("RGB", (width * columns, height * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        page.paste(image, (i % columns * width, i // columns * height))
+    return save(page, out)
+
+
 # ---- training curves ----
 
 def read_metrics(run_dir) -> dict[int, dict]:
@@ -268,7 +309,7 @@ def run_names(run_dirs: list) -> list[str]:
     return names if len(set(names)) == len(names) else ["/".join(path.parts[-2:]) for path in paths]
 
 
-def curves(run_dirs: list, out, metric: str = "reward", smooth: int | None = None) -> Path:
+def curves(run_dirs: list, out, metric: str = "reward", smooth: int | None = None, title: str = "") -> Path:
     """A metric against the step, saved as the picture `out`, whose path is returned.
 
     One run: its stages in colors; several: one line a run. Faint: every step. Strong: the mean of `smooth` steps
@@ -289,7 +330,7 @@ def curves(run_dirs: list, out, metric: str = "reward", smooth: int | None = Non
         for lines, values in ((raw, points), (means, running_mean(points, window))):
             gap = (points[-1][0] + 0.5, math.nan)  # no line joins two stages: their rewards are not alike
             lines.setdefault(stage if len(runs) == 1 else run, []).extend([*values, gap])
-    title = f"{metric} of {next(iter(runs)) if len(runs) == 1 else f'{len(runs)} runs'}"
+    title = title or f"{metric} of {next(iter(runs)) if len(runs) == 1 else f'{len(runs)} runs'}"
     note = "every step" if window == 1 else f"faint: every step; strong: mean of {window} steps"
     return line_chart(means, out, title, "step", metric, bands[0] if all(b == bands[0] for b in bands) else None,
                       raw=raw if window > 1 else None, note=note)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The pipeline, narrated.
 #
-#   bash train.sh                                       the demo: about 15 minutes on 2 CPU cores, nothing else needed
+#   bash train.sh                                       the demo: about 10 minutes on 2 CPU cores, nothing else needed
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
+#   bash train.sh ablation [..]                         every row of the paper's ablation (flags of ablation.py)
 #
 # RANKS: processes (default: the GPUs, or 1 on a CPU). THREADS: CPU threads in the demo (default 2; 1 beside other work).
 set -euo pipefail
@@ -20,7 +21,9 @@ except ChildFailedError as error:
     sys.exit(abs(error.get_first_failure()[1].exitcode))
 ' --standalone --nproc_per_node "$RANKS")
 
-if [ $# -gt 0 ]; then
+if [ "${1:-}" = ablation ]; then
+    exec "$PYTHON" ablation.py "${@:2}"
+elif [ $# -gt 0 ]; then
     exec "${torchrun[@]}" currreft.py "$@"
 fi
 
@@ -30,9 +33,9 @@ echo "== 1. Data and base model: drawn, tokenized and pre-trained here, because 
 echo "== 2. Curr-ReFT: binary -> choice -> open -> rejection-sampled SFT, evaluated after every stage"
 resume=$([ -f runs/demo/config.json ] && echo --resume || true)
 "${torchrun[@]}" currreft.py --model demo/base --data demo/data --out runs/demo $resume --threads "${THREADS:-2}" \
-    --stages binary:100 choice:100 open:200 reject:40 \
-    --prompts_per_step 8 --num_generations 8 --micro_batch 8 --max_completion_length 64 --lr 1e-4 --sft_lr 1e-4 \
-    --lr_schedule constant --soft_iou
+    --stages binary:50 choice:50 open:80 reject:20 \
+    --prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 --sft_lr 1e-4 \
+    --lr_schedule constant --reject_samples 4
 
 echo "== 3. Ask the trained model about a picture; the box it finds is drawn"
 "$PYTHON" sample.py answer --model runs/demo/stages/4-reject --image demo/data/images/test/0000.png --task detection \

@@ -128,6 +128,51 @@ def test_responses_are_short_and_careful_ones_are_right(processor):
             assert rewards.is_correct(response, example) and rewards.format_reward(response, example) == 1
 
 
+def test_a_hasty_answer_to_an_open_question_never_scores(processor):
+    from rewards import accuracy_reward, format_reward
+    rng, guessed = random.Random(6), []
+    scenes = [demo.random_scene(rng) for _ in range(50)]
+    for n in range(600):
+        _, question, example = demo.lesson(scenes, n % 50, rng)
+        response = demo.hasty_response(question, example, rng)
+        if example.task != "general":
+            assert format_reward(response, example) == 1
+            if example.form == "open":
+                assert accuracy_reward(response, example) == 0
+            elif example.form == "binary":
+                guessed.append(accuracy_reward(response, example))
+    assert 0.35 < sum(guessed) / len(guessed) < 0.65
+
+
+def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
+    """A rare reasoning cannot be learned from -log p alone; and no careful thought begins like a hasty one."""
+    rng = random.Random(7)
+    scenes = [demo.random_scene(rng) for _ in range(8)]
+    lessons = [demo.lesson(scenes, n // 4, rng) for n in range(32)]
+    tokenizer = processor.tokenizer
+    model = demo.build_model(tokenizer, 1)
+    teacher = demo.Teacher(model, tokenizer, scenes)
+    odds = {"binary": -0.4, "choice": 0.0, "open": -9.2}
+    items = teacher.items(lessons, lambda row: demo.careful_response(row.question, row.example), odds)
+    assert all(item.response[1] != teacher.haste for item in items)
+    assert {item.odds for item in items} == {None, -0.4, 0.0, -9.2}
+    demo.train("habit", 60, lambda n: teacher.study(items), [demo.adamw(model.parameters(), 3e-3)])
+    for item in (item for item in items if item.odds is not None and not item.images[1:]):
+        row = torch.tensor([item.prompt + item.response[:1]])
+        grid = torch.tensor([[1, 6, 6]] * len(item.images))
+        with torch.no_grad():
+            logits = model(row, pixel_values=teacher.pixels[list(item.images)].flatten(0, 1), image_grid_thw=grid,
+                           mm_token_type_ids=(row == model.config.image_token_id).int()).logits[0, -1]
+        p = logits.softmax(-1)[teacher.haste].double()
+        assert torch.log((1 - p) / p).item() == pytest.approx(item.odds, abs=2.0)
+
+
+def test_orthogonal_moves_every_singular_value_near_one():
+    for shape in ((3, 20, 50), (2, 50, 20)):
+        values = torch.linalg.svdvals(demo.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert 0.6 < values.min() and values.max() < 1.3
+
+
 def test_finished_work_is_kept_and_foreign_folders_are_refused(tmp_path):
     built = []
     for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}):

@@ -1,0 +1,447 @@
+"""The paper's ablation (table 3): every row at equal numbers of updates, over several seeds, with its uncertainty.
+
+    python ablation.py                                                              # the demo's world, on a CPU
+    python ablation.py --model MODEL --data DIR --out OUT --steps 600 500 2300 --reject_steps 400 --seeds 0 1 2 \\
+        --flags "--checkpoint_activations"                                          # the same with a real model
+
+A row is a curriculum, and a row that is the beginning of another is read off that one's run. Everything is a command
+that anybody can run: demo.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is finished
+is not done again; a run that was killed is resumed. OUT gets
+
+    BASE/RUN-SEED/          run directories of currreft.py, each with its predictions, checkpoints and log
+    results.md, *.png       tables and pictures of what is there so far
+    results.json            the same figures for machines
+
+On the demo's world all rows run on one base model. Three of them (COMPARED) run on others as well: a second world and
+base (--base_seeds, two seeds of training), and bases that reason more often before they answer an open question
+(--reasons, one seed), which decides how often open questions alone score.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import FORMS, UserError, find_files
+from pictures import bars, grid, curves, line_chart, wilson
+
+HERE = Path(__file__).resolve().parent
+ROWS = {  # b, c, o: steps of the three forms in the curriculum; n: their sum, which every RL row takes; r: of reject
+    "Base": "",
+    "SFT": "sft:{n}",
+    "RL_Judge (binary only)": "binary:{n}",
+    "RL_Choice (choice only)": "choice:{n}",
+    "RL (open only)": "open:{n}",
+    "Reverse": "open:{o} choice:{c} binary:{b}",
+    "Mix": "binary+choice+open:{n}",
+    "Curr-RL": "binary:{b} choice:{c} open:{o}",
+    "ReFT": "reject:{r}",
+    "RL-ReFT": "open:{n} reject:{r}",
+    "Curr-ReFT": "binary:{b} choice:{c} open:{o} reject:{r}",
+}
+COMPARED = ("RL (open only)", "Mix", "Curr-RL")  # the rows that are also run on the other bases
+PAIRS = (("Curr-RL", "RL (open only)"), ("Curr-RL", "Mix"), ("Curr-RL", "Reverse"), ("Curr-RL", "SFT"),
+         ("Curr-ReFT", "Curr-RL"))  # differences that the report shows run by run
+DEMO_FLAGS = ("--prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 "
+              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --eval_limit 90 --threads 1 --sample_every 1000")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to start from: its name below --out, its checkpoint and data, and how often it reasons (demo only)."""
+
+    name: str
+    model: str
+    data: str
+    reasons: float | None = None
+    seeds: int = 0  # seeds of training it is run with, COMPARED rows only; 0: all of them, and all rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of currreft.py: the rows of the paper that it carries are the beginnings of its stages."""
+
+    base: Base
+    stages: str
+    seed: int
+    folder: Path
+
+    @property
+    def last(self):
+        """Name of the last stage in the run's results."""
+        return label(self.stages)
+
+
+def label(stages):
+    """What the run's results call the end of these stages: label("binary:50 open:50") -> "2-open"; "base" for none."""
+    parts = stages.split()
+    return f"{len(parts)}-{parts[-1].split(':')[0]}" if parts else "base"
+
+
+def carriers(rows):
+    """{row: stages of the run that it is read off}: the longest row that begins with it."""
+    return {name: max((other for other in rows.values() if other.split()[:len(stages.split())] == stages.split()),
+                      key=lambda other: len(other.split())) for name, stages in rows.items()}
+
+
+def plan(args, bases):
+    """Every job, those of the main bases and those that carry COMPARED rows first."""
+    b, c, o = args.steps
+    rows = {name: text.format(b=b, c=c, o=o, n=b + c + o, r=args.reject_steps) for name, text in ROWS.items()}
+    jobs = []
+    for base in bases:
+        wanted = {name: rows[name] for name in COMPARED} if base.seeds else rows
+        for seed in args.seeds[:base.seeds or None]:
+            for stages in dict.fromkeys(carriers(wanted).values()):
+                name = stages.replace(":", "").replace(" ", "-")
+                jobs.append(Job(base, stages, seed, Path(args.out) / base.name / f"{name}-seed{seed}"))
+    return rows, sorted(jobs, key=lambda job: (job.base.seeds > 0, job.seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def call(words, log, threads=None):
+    """Run a command of this project with its output in `log`; returns stdout. RuntimeError with its last line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    with open(log, "a") as file:
+        done = subprocess.run(words, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=file, text=True)
+        file.write(done.stdout)
+    if done.returncode:
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        raise RuntimeError(f"{shlex.join(map(str, words[:2]))} ended with {done.returncode}: {lines[-1]} (see {log})")
+    return done.stdout
+
+
+def results_of(folder):
+    """{stage label: splits} of a run so far."""
+    file = folder / "results.json"
+    return {row["name"]: row["splits"] for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+
+
+def train(job, args):
+    """Run or resume one job unless it is finished."""
+    if job.last in results_of(job.folder):
+        return
+    program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
+    resume = ["--resume"] if (job.folder / "config.json").exists() else []
+    call([*program, "--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
+          *job.stages.split(), "--seed", str(job.seed), *shlex.split(args.flags), *resume],
+         job.folder.with_suffix(".log"), None if args.gpus else 1)
+
+
+def pass_at_k(model, base, samples, out, args, forms=FORMS):
+    """{form: {pass@k: share}} of a checkpoint on the in-domain test questions of each form."""
+    if not out.exists():
+        files = find_files(base.data)["test"]
+        found = {form: next((path for f, path in files.values() if f == form), None) for form in forms}
+        figures = {}
+        for form, path in found.items():
+            if path:
+                text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path), "--form",
+                             form, "--image_root", base.data, "--samples", str(samples), "--out", f"{out}.{form}.jsonl",
+                             "--max_completion_length", args.length], out.with_suffix(".log"), None if args.gpus else 1)
+                figures[form] = json.loads(text)[path.stem]["all"]
+        out.write_text(json.dumps(figures, indent=1))
+    return json.loads(out.read_text())
+
+
+def demo_bases(args):
+    """The demo's base models: the first, other seeds of world and base, and other --reasons on the first seed."""
+    first, bases = args.base_seeds[0], []
+    for seed, reasons, seeds in ((first, args.reasons[0], 0), *((seed, args.reasons[0], 2) for seed in args.base_seeds[1:]),
+                                 *((first, reasons, 1) for reasons in args.reasons[1:])):
+        folder = Path(args.out).absolute() / f"world-{seed}"
+        bases.append(Base(f"base-{seed}-{reasons:g}", str(folder / f"reasons-{reasons:g}"), str(folder / "data"), reasons,
+                          seeds))
+    return bases
+
+
+def make_base(base, args):
+    """demo.py for one base; a finished one is left alone."""
+    folder = Path(base.model).parent
+    call([sys.executable, "demo.py", "--out", str(folder), "--seed", folder.name.rpartition("-")[2], "--threads", "1",
+          "--reasons", "0.4", "0.4", f"{base.reasons:g}", "--name", Path(base.model).name],
+         Path(f"{folder}.log"), 1)
+
+
+def work(tasks, jobs):
+    """Run tasks {name: function} `jobs` at a time under a progress bar; returns {name: sentence} of those that failed."""
+    failed, lock = {}, threading.Lock()
+    with tqdm(total=len(tasks), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(jobs) as pool:
+        def do(name, function):
+            started = time.perf_counter()
+            try:
+                function()
+                said = f"{name}: {time.perf_counter() - started:.0f} s"
+            except (RuntimeError, OSError, ValueError) as error:
+                failed[name] = said = f"{name}: {error}"
+            with lock:
+                tqdm.write(said, file=sys.stderr)
+                bar.update()
+        for future in [pool.submit(do, *task) for task in tasks.items()]:
+            future.result()
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def figures_of(jobs, rows, bases):
+    """{row: {(base name, seed): splits}} of what is finished on `bases`; splits as in a run's results.json."""
+    there = {}
+    for name, stages in rows.items():
+        for job in jobs:
+            splits = results_of(job.folder).get(label(stages))
+            if job.base in bases and splits and job.stages.split()[:len(stages.split())] == stages.split():
+                there.setdefault(name, {}).setdefault((job.base.name, job.seed), splits)
+    return there
+
+
+def score(splits, split, task="all"):
+    """(accuracy in %, number of questions) of one split and task, or None."""
+    found = splits.get(split, {}).get(task)
+    return (100 * found["accuracy"], found["n"]) if found and found["n"] else None
+
+
+def spread(runs, split, task="all"):
+    """(mean over runs, half its interval, [each run's]) in %, or None where no run has the split.
+
+    The interval is Wilson's for as many questions as the bases have together: it says how well the questions measure
+    a model. How much runs differ is said by their range.
+    """
+    scores = {key: found for key, splits in runs.items() if (found := score(splits, split, task))}
+    if not scores:
+        return None
+    each = [accuracy for accuracy, _ in scores.values()]
+    n = sum({base: n for (base, _), (_, n) in scores.items()}.values())
+    mean = statistics.mean(each)
+    return mean, 100 * wilson(mean / 100 * n, n), each
+
+
+def cell(found):
+    """(56.1, 3.2, [53, 59]) -> "56 ±3 (53-59)"."""
+    if not found:
+        return "-"
+    mean, half, each = found
+    return f"{mean:.0f} ±{half:.0f}" + (f" ({min(each):.0f}-{max(each):.0f})" if len(each) > 1 else "")
+
+
+def markdown(heading, lines):
+    """A Markdown table of texts."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [heading, ["---"] * len(heading), *lines])
+
+
+def results_tables(there):
+    """Two tables: every split over all tasks, and the open splits by task."""
+    first = [splits for runs in there.values() for splits in runs.values()]
+    splits = list(dict.fromkeys(split for found in first for split in found))
+    by_task = [(split, task) for split in splits for task in dict.fromkeys(t for f in first for t in f.get(split, {}))
+               if task != "all" and split.startswith("open")]
+    return [markdown(["row", *columns], [[name, *(cell(spread(runs, *key)) for key in keys)]
+                                         for name, runs in there.items()])
+            for columns, keys in ((splits, [(split,) for split in splits]),
+                                  ([f"{split} {task}" for split, task in by_task], by_task)) if keys]
+
+
+def difference(there, one, other, split):
+    """Row `one` minus row `other` on a split, run by run of the same base and seed: "+55 (+50 to +58), 6 of 6 above"."""
+    pairs = [(score(there[one][key], split), score(there[other][key], split))
+             for key in there.get(one, {}) if key in there.get(other, {})]
+    each = [a[0] - b[0] for a, b in pairs if a and b]
+    if not each:
+        return "-"
+    return (f"{statistics.mean(each):+.0f} ({min(each):+.0f} to {max(each):+.0f}), "
+            f"{sum(x > 0 for x in each)} of {len(each)} above")
+
+
+def equal_groups(jobs, stages):
+    """Mean share of groups whose rewards are all equal over the RL steps of `stages`, as text."""
+    parts, shares = stages.split(), []
+    for job in jobs:
+        file = job.folder / "metrics.jsonl"
+        if job.stages.split()[:len(parts)] == parts and file.exists():
+            steps = [json.loads(line) for line in file.read_text().splitlines()]
+            shares += [row["equal_groups"] for row in steps if row["stage_index"] < len(parts) and "equal_groups" in row]
+    return f"{100 * statistics.mean(shares):.0f} %" if shares else "-"
+
+
+def predictors(bases, jobs, rows, args):
+    """What predicts the outcome on each base: pass@k of the three forms, expected hits, groups without signal."""
+    lines, rollouts = [], sum(args.steps) * args.rollouts
+    for base in bases:
+        file = Path(args.out) / base.name / "pass-base.json"
+        figures = json.loads(file.read_text()) if file.exists() else {}
+        ks = {form: [100 * share for k, share in at.items() if k.startswith("pass@")] for form, at in figures.items()}
+        mine = [job for job in jobs if job.base == base]
+        lines.append([base.name, *(f"{ks[form][0]:.2g} / {ks[form][-1]:.2g}" if form in ks else "-" for form in FORMS),
+                      f"{ks['open'][0] / 100 * rollouts:.2g}" if "open" in ks else "-",
+                      equal_groups(mine, rows["RL (open only)"]), equal_groups(mine, rows["Curr-RL"])])
+    return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
+                     f"expected hits of {rollouts} open rollouts", "equal groups, open only", "equal groups, Curr-RL"],
+                    lines)
+
+
+def regimes(bases, jobs, rows, split):
+    """Final open accuracy of the COMPARED rows on every base."""
+    found = {base.name: figures_of(jobs, rows, [base]) for base in bases}
+    return markdown(["base", *COMPARED], [[name, *(cell(spread(there.get(row, {}), split)) for row in COMPARED)]
+                                          for name, there in found.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(bases, jobs, rows, args, splits):
+    """Every picture that there is something for; returns their paths."""
+    out, main = Path(args.out), [base for base in bases if not base.seeds]
+    there = figures_of(jobs, rows, main)
+    paths = [bars({name: {split: spread(runs, split) for split in splits} for name, runs in there.items()},
+                  out / "rows.png", "Open questions after each row: mean, 95 % interval, and every run", "accuracy in %")]
+    panels = []
+    for name, stages in rows.items():
+        runs = [job.folder for job in jobs if job.base in main and job.stages == stages and ":" in stages
+                and not stages.startswith(("sft", "reject")) and (job.folder / "metrics.jsonl").exists()]
+        if runs:
+            panels.append(curves(runs, out / f"curve-{len(panels)}.png", "reward/accuracy", title=name))
+    if panels:
+        paths.append(grid(panels, out / "curves.png"))
+        for panel in panels:
+            panel.unlink()
+    files = {base: out / base.name / "pass-base.json" for base in main}
+    forms = [json.loads(file.read_text()) for file in files.values() if file.exists()]
+    if forms:
+        ks = [int(k[5:]) for k in forms[0]["open"] if k.startswith("pass@")]
+        lines = {form: [(k, 100 * statistics.mean(f[form][f"pass@{k}"] for f in forms)) for k in ks] for form in FORMS}
+        paths.append(line_chart(lines, out / "pass_at_k.png", "pass@k of the base model by form of the question", "k",
+                                "%", logx=True))
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report and command line
+
+
+def report(bases, jobs, rows, args):
+    """Write results.md, results.json and the pictures from whatever is finished; returns the text."""
+    main = [base for base in bases if not base.seeds]
+    there = figures_of(jobs, rows, main)
+    if not there:
+        raise UserError(f"{args.out} holds no finished run yet")
+    splits = [split for split in next(iter(next(iter(there.values())).values())) if split.startswith("open")]
+    b, c, o = args.steps
+    parts = [f"# Ablation\n\n{b + c + o} updates of {args.rollouts} rollouts a row ({b} + {c} + {o} in the curriculum), "
+             f"seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
+             "runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
+             "## What predicts the outcome\n", predictors(bases, jobs, rows, args), "",
+             "## Rows\n", *[table + "\n" for table in results_tables(there)], "## Run by run, the same base and seed\n",
+             markdown(["difference", *splits], [[f"{one} - {other}", *(difference(there, one, other, s) for s in splits)]
+                                                for one, other in PAIRS])]
+    if len(bases) > len(main):
+        parts += ["\n## On other bases\n", regimes(bases, jobs, rows, splits[0])]
+    after = {path.stem.removeprefix("pass-"): json.loads(path.read_text()) for base in main[:1]
+             for path in sorted((Path(args.out) / base.name).glob("pass-*.json"))}
+    parts += ["\n## pass@k before and after\n", pass_table(after)]
+    text = "\n".join(parts) + "\n"
+    (Path(args.out) / "results.md").write_text(text)
+    (Path(args.out) / "results.json").write_text(json.dumps(
+        {name: {f"{base} seed {seed}": splits for (base, seed), splits in runs.items()} for name, runs in there.items()},
+        indent=1))
+    draw(bases, jobs, rows, args, splits)
+    return text
+
+
+def pass_table(after):
+    """pass@1 and pass@8 of each form, a line each measured checkpoint."""
+    ks = ("pass@1", "pass@8")
+    return markdown(["after", *(f"{form} {k}" for form in FORMS for k in ks)],
+                    [[name, *(f"{100 * at[form][k]:.0f}" if form in at else "-" for form in FORMS for k in ks)]
+                     for name, at in after.items()])
+
+
+def parse_args(argv=None):
+    """The command line; a user's mistake exits with 2 and a sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--model", default="", help="checkpoint to start from (default: the demo's bases)")
+    parser.add_argument("--data", default="", help="data directory, as currreft.py's; needed with --model")
+    parser.add_argument("--steps", type=int, nargs=3, default=(50, 50, 80), metavar=("BINARY", "CHOICE", "OPEN"),
+                        help="steps of the curriculum's stages; every RL row takes their sum")
+    parser.add_argument("--reject_steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1], help="of the demo's worlds and base models")
+    parser.add_argument("--reasons", type=float, nargs="+", default=[1e-4, 1e-3, 0.4],
+                        help="how often the demo's bases reason before an open answer; all rows run on the first")
+    parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k of the bases")
+    parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU, a thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
+    args = parser.parse_args(argv)
+    if bool(args.model) != bool(args.data):
+        parser.error("--model and --data go together")
+    if min(*args.steps, args.reject_steps, args.jobs) < 1 or args.samples < 8:
+        parser.error("--steps, --reject_steps and --jobs must be at least 1, --samples at least 8")
+    return args
+
+
+def main(argv=None):
+    """Make the bases, run every row, measure pass@k, write the report; 1 if a run failed."""
+    args = parse_args(argv)
+    import torch  # after the flags are known to be good
+    args.gpus = torch.cuda.device_count()
+    args.jobs = 1 if args.gpus else args.jobs
+    args.flags = f"{'' if args.model else DEMO_FLAGS} {args.flags}"
+    bases = [Base("base", args.model, args.data)] if args.model else demo_bases(args)
+    settings = dict(zip(shlex.split(args.flags)[::2], shlex.split(args.flags)[1::2]))
+    args.rollouts = int(settings.get("--prompts_per_step", 8)) * int(settings.get("--num_generations", 8))
+    args.length = settings.get("--max_completion_length", "512")
+    rows, jobs = plan(args, bases)
+    failed = {}
+    if not args.report:
+        made = {base.name: lambda base=base: make_base(base, args) for base in bases if base.reasons}
+        seeds = len(args.base_seeds)  # first: the others start from a careful model of these
+        failed = work(dict(list(made.items())[:seeds]), args.jobs) | work(dict(list(made.items())[seeds:]), args.jobs)
+        failed |= work({str(job.folder): lambda job=job: train(job, args) for job in jobs}, args.jobs)
+        failed |= work(pass_tasks(bases, jobs, rows, args), args.jobs)
+    try:
+        print(report(bases, jobs, rows, args))
+    except UserError as error:
+        print(f"ablation: {error}", file=sys.stderr)
+        return 2
+    for name, sentence in failed.items():
+        print(f"ablation: not finished: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def pass_tasks(bases, jobs, rows, args):
+    """Measures of pass@k: of every base, and after the COMPARED rows on the first base and seed."""
+    tasks = {}
+    for base in bases:
+        out = Path(args.out) / base.name / "pass-base.json"
+        tasks[f"pass@k of {base.name}"] = lambda base=base, out=out: pass_at_k(base.model, base, args.samples, out, args)
+    for name in COMPARED:
+        job = next(job for job in jobs if job.stages.split()[:len(rows[name].split())] == rows[name].split())
+        out = Path(args.out) / job.base.name / f"pass-{name}.json"
+        model = job.folder / "stages" / label(rows[name])
+        tasks[f"pass@k after {name}"] = lambda job=job, out=out, model=model: pass_at_k(model, job.base, 8, out, args)
+    return tasks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The ablation's book-keeping: which run carries a row, what a cell says, and a whole tiny ablation by its command."""
+
+import json
+
+import pytest
+
+import ablation
+from ablation import carriers, cell, difference, label, spread
+from tiny import tiny_checkpoint, tiny_data
+
+
+def test_a_row_is_read_off_the_longest_run_that_begins_with_it():
+    rows = {"Base": "", "Curr-RL": "binary:1 open:2", "Curr-ReFT": "binary:1 open:2 reject:3", "RL": "open:2"}
+    assert carriers(rows) == {"Base": rows["Curr-ReFT"], "Curr-RL": rows["Curr-ReFT"],
+                              "Curr-ReFT": rows["Curr-ReFT"], "RL": "open:2"}
+
+
+def test_a_stage_of_another_length_is_no_beginning():
+    assert carriers({"a": "open:1", "b": "open:10 reject:1"})["a"] == "open:1"
+
+
+def test_every_rl_row_takes_equally_many_updates():
+    text = {name: stages.format(b=3, c=4, o=5, n=12, r=2) for name, stages in ablation.ROWS.items()}
+    for name, stages in text.items():
+        steps = sum(int(part.split(":")[1]) for part in stages.split() if not part.startswith("reject"))
+        assert steps == (0 if name in ("Base", "ReFT") else 12), name
+
+
+def test_labels_are_those_of_a_runs_results():
+    from currreft import Config
+    stages = "binary+choice:5 reject:2"
+    assert label(stages) == Config(stages=tuple(stages.split())).curriculum[-1].label and label("") == "base"
+
+
+def splits(accuracy, n=100):
+    return {"open_id": {"all": {"accuracy": accuracy, "n": n}}}
+
+
+def test_a_cell_holds_mean_interval_and_range_by_hand():
+    runs = {("base0", 0): splits(0.4), ("base0", 1): splits(0.6)}
+    mean, half, each = spread(runs, "open_id")
+    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test set are not 200 questions
+    assert (mean, each) == (pytest.approx(50), [pytest.approx(40), pytest.approx(60)]) and half == pytest.approx(9.6, abs=0.05)
+    assert spread(runs | {("base1", 0): splits(0.5)}, "open_id")[1] == pytest.approx(6.9, abs=0.05)  # 200 questions
+    assert cell((50.2, 9.6, [40, 60])) == "50 ±10 (40-60)" and cell((50, 9.6, [50])) == "50 ±10" and cell(None) == "-"
+
+
+def test_differences_are_between_runs_of_the_same_base_and_seed():
+    there = {"a": {("x", 0): splits(0.5), ("x", 1): splits(0.9)}, "b": {("x", 1): splits(0.4), ("x", 2): splits(0.0)}}
+    assert difference(there, "a", "b", "open_id") == "+50 (+50 to +50), 1 of 1 above"
+    assert difference(there, "a", "c", "open_id") == "-"
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A whole ablation on the tiny random model, rows cut to what its data can show."""
+    folder = tmp_path_factory.mktemp("ablation")
+    flags = ("--prompts_per_step 1 --num_generations 2 --max_completion_length 4 --reject_threshold 0 --sft_batch 1 "
+             "--reject_samples 2 --threads 1")
+    argv = ["--model", str(tiny_checkpoint(folder / "base")), "--data", str(tiny_data(folder / "data")), "--out",
+            str(folder / "out"), "--steps", "1", "1", "1", "--reject_steps", "1", "--seeds", "0", "--samples", "8",
+            "--flags", flags]
+    return folder, argv
+
+
+@pytest.mark.slow
+def test_one_command_makes_every_row_and_a_second_call_runs_nothing(command, monkeypatch, capsys):
+    folder, argv = command
+    monkeypatch.setattr(ablation, "ROWS", {name: ablation.ROWS[name] for name in (
+        "Base", "RL (open only)", "Mix", "Curr-RL", "ReFT")})
+    assert ablation.main(argv) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    rows = json.loads((folder / "out" / "results.json").read_text())
+    assert list(rows) == ["Base", "RL (open only)", "Mix", "Curr-RL", "ReFT"]
+    for name in rows:
+        assert f"| {name} | " in said
+    own = json.loads(next((folder / "out" / "base").glob("binary1*seed0")).joinpath("results.json").read_text())["rows"]
+    assert rows["Curr-RL"]["base seed 0"] == own[-1]["splits"] and own[-1]["name"] == "3-open"
+    assert {path.name for path in (folder / "out").glob("*.png")} == {"rows.png", "curves.png", "pass_at_k.png"}
+    monkeypatch.setattr(ablation, "call", lambda *_: pytest.fail("what is finished was done again"))
+    assert ablation.main(argv) == 0 and capsys.readouterr().out == said
+
+
+def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch, capsys, tmp_path):
+    folder, argv = command
+    argv = [*argv, "--out", str(tmp_path)]
+
+    def call(words, log, threads=None):
+        if "currreft.py" in words and "open:3" in words:
+            raise RuntimeError("the disk is full")
+        if "currreft.py" in words:
+            out = words[words.index("--out") + 1]
+            names = ["base", *(label(" ".join(words[words.index("--stages") + 1:words.index("--seed")][:i + 1])) for i in range(3))]
+            tmp_path.joinpath(out).mkdir(parents=True)
+            tmp_path.joinpath(out, "results.json").write_text(json.dumps(
+                {"rows": [{"name": name, "splits": splits(0.5)} for name in dict.fromkeys(names)]}))
+            return ""
+        raise RuntimeError("no samples")
+    monkeypatch.setattr(ablation, "call", call)
+    assert ablation.main(argv) == 1
+    said = capsys.readouterr()
+    assert "the disk is full" in said.err and "| Mix | 50 " in said.out and "| RL (open only) |" not in said.out
+
+
+@pytest.mark.parametrize("bad, word", [(["--model", "x"], "--data"), (["--steps", "0", "1", "1"], "--steps"),
+                                       (["--samples", "4"], "--samples"), (["--sed", "1"], "--sed")])
+def test_a_bad_flag_exits_2_and_is_named(bad, word, capsys):
+    with pytest.raises(SystemExit) as error:
+        ablation.main(bad)
+    assert error.value.code == 2 and word in capsys.readouterr().err
