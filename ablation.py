@@ -381,7 +381,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", default="runs/ablation")
     parser.add_argument("--model", default="", help="checkpoint to start from (default: the demo's bases)")
     parser.add_argument("--data", default="", help="data directory, as currreft.py's; needed with --model")
-    parser.add_argument("--steps", type=int, nargs=3, default=(50, 50, 80), metavar=("BINARY", "CHOICE", "OPEN"),
+    parser.add_argument("--steps", type=int, nargs=3, default=(60, 60, 80), metavar=("BINARY", "CHOICE", "OPEN"),
                         help="steps of the curriculum's stages; every RL row takes their sum")
     parser.add_argument("--reject_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
@@ -403,14 +403,14 @@ def parse_args(argv=None):
 def main(argv=None):
     """Make the bases, run every row, measure pass@k, write the report; 1 if a run failed."""
     args = parse_args(argv)
-    import torch  # after the flags are known to be good
+    import torch  # heavy: after this command's own flags are known to be good
     args.gpus = torch.cuda.device_count()
     args.jobs = 1 if args.gpus else args.jobs
     args.flags = f"{'' if args.model else DEMO_FLAGS} {args.flags}"
     bases = [Base("base", args.model, args.data)] if args.model else demo_bases(args)
-    settings = dict(zip(shlex.split(args.flags)[::2], shlex.split(args.flags)[1::2]))
-    args.rollouts = int(settings.get("--prompts_per_step", 8)) * int(settings.get("--num_generations", 8))
-    args.length = settings.get("--max_completion_length", "512")
+    from currreft import parse_args as settings
+    cfg = settings(shlex.split(args.flags))
+    args.rollouts, args.length = cfg.prompts_per_step * cfg.num_generations, str(cfg.max_completion_length)
     rows, jobs = plan(args, bases)
     failed = {}
     if not args.report:

@@ -21,7 +21,7 @@ pre-training on careful answers, whose reasoning makes the answer a copy: "1 red
 The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
 reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
 something to choose from, something vague and never right where there is not ("some"). By default it reasons before
-40 % of its yes/no and option letters and before one of 5,000 open answers. So what RL finds here, the model knew before
+40 % of its yes/no and option letters and before one of 10,000 open answers. So what RL finds here, the model knew before
 the habit: it is recovered, not discovered; and how rarely an open answer scores is a number that we choose.
 """
 import argparse
@@ -55,7 +55,7 @@ HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yello
 SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
 PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CELL, SIDE = 28, 84                                     # pixels
-REASONS = (0.4, 0.4, 0.0002)                            # how often the base reasons: binary, choice, open
+REASONS = (0.4, 0.4, 0.0001)                            # how often the base reasons: binary, choice, open
 HASTE = "a guess"                                       # the thought that stands for none
 
 
@@ -431,11 +431,11 @@ class Item(NamedTuple):
 
 
 def lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
-    """A random question on scene `index`, general once in seven times; choice, the hardest to read, most often."""
+    """A random question on scene `index`, general once in seven times; open ones seldom, as the form least practiced."""
     task = rng.choice((*RL_QUESTIONS, *RL_QUESTIONS, "general"))
     if task != "general":
         question = ask(scenes[index], task, rng)
-        return Lesson((index,), question, example_of(question, f"{index}.png", rng.choice((*FORMS, "choice"))))
+        return Lesson((index,), question, example_of(question, f"{index}.png", rng.choices(FORMS, (0.40, 0.50, 0.10))[0]))
     other = rng.randrange(len(scenes))
     needs, question = general_question(scenes[index], scenes[other], rng)
     images = (index, other)[:needs]

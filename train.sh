@@ -33,7 +33,7 @@ echo "== 1. Data and base model: drawn, tokenized and pre-trained here, because 
 echo "== 2. Curr-ReFT: binary -> choice -> open -> rejection-sampled SFT, evaluated after every stage"
 resume=$([ -f runs/demo/config.json ] && echo --resume || true)
 "${torchrun[@]}" currreft.py --model demo/base --data demo/data --out runs/demo $resume --threads "${THREADS:-2}" \
-    --stages binary:50 choice:50 open:80 reject:20 \
+    --stages binary:60 choice:60 open:80 reject:20 \
     --prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 --sft_lr 1e-4 \
     --lr_schedule constant --reject_samples 4
 
