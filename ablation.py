@@ -12,9 +12,9 @@ is not done again; a run that was killed is resumed. OUT gets
     results.md, *.png       tables and pictures of what is there so far
     results.json            the same figures for machines
 
-On the demo's world all rows run on one base model. Three of them (COMPARED) run on others as well: a second world and
-base (--base_seeds, two seeds of training), and bases that reason more often before they answer an open question
-(--reasons, one seed), which decides how often open questions alone score.
+On the demo's world all rows run on one base model. Three of them (COMPARED) run on others as well: bases that reason
+more often before they answer an open question (--reasons, one seed of training), which decides how often open questions
+alone score; and, where --base_seeds names more, other worlds with their bases (two seeds).
 """
 
 import argparse
@@ -290,9 +290,10 @@ def predictors(bases, jobs, rows, args):
         mine = [job for job in jobs if job.base == base]
         lines.append([base.name, *(f"{ks[form][0]:.2g} / {ks[form][-1]:.2g}" if form in ks else "-" for form in FORMS),
                       f"{ks['open'][0] / 100 * rollouts:.2g}" if "open" in ks else "-",
+                      f"{base.reasons * rollouts:.2g}" if base.reasons else "-",
                       equal_groups(mine, rows["RL (open only)"]), equal_groups(mine, rows["Curr-RL"])])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
-                     f"expected hits of {rollouts} open rollouts", "equal groups, open only", "equal groups, Curr-RL"],
+                     f"expected hits of {rollouts} open rollouts", "expected to reason, as built", "equal groups, open only", "equal groups, Curr-RL"],
                     lines)
 
 
@@ -385,8 +386,8 @@ def parse_args(argv=None):
                         help="steps of the curriculum's stages; every RL row takes their sum")
     parser.add_argument("--reject_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
-    parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1], help="of the demo's worlds and base models")
-    parser.add_argument("--reasons", type=float, nargs="+", default=[1e-4, 1e-3, 0.4],
+    parser.add_argument("--base_seeds", type=int, nargs="+", default=[0], help="of the demo's worlds and base models")
+    parser.add_argument("--reasons", type=float, nargs="+", default=[3e-4, 0.4],
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
     parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k of the bases")
     parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")

@@ -21,7 +21,7 @@ pre-training on careful answers, whose reasoning makes the answer a copy: "1 red
 The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
 reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
 something to choose from, something vague and never right where there is not ("some"). By default it reasons before
-40 % of its yes/no and option letters and before one of 10,000 open answers. So what RL finds here, the model knew before
+40 % of its yes/no and option letters and before one of 3,000 open answers. So what RL finds here, the model knew before
 the habit: it is recovered, not discovered; and how rarely an open answer scores is a number that we choose.
 """
 import argparse
@@ -55,7 +55,7 @@ HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yello
 SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
 PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CELL, SIDE = 28, 84                                     # pixels
-REASONS = (0.4, 0.4, 0.0001)                            # how often the base reasons: binary, choice, open
+REASONS = (0.4, 0.4, 0.0003)                            # how often the base reasons: binary, choice, open
 HASTE = "a guess"                                       # the thought that stands for none
 
 
@@ -550,13 +550,18 @@ class Teacher:
         logits, targets = self.model.lm_head(hidden[said]), ids[:, 1:][said]
         wrong = torch.zeros_like(said).masked_scatter(said, logits.argmax(-1) != targets)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        loss = loss + (self.log_odds(hidden[decides]) - odds).square().sum()
-        return loss, len(items) - int(wrong.any(1).sum())
+        return loss + self.decision_loss(hidden[decides], ids[:, 1:][decides], odds), len(items) - int(wrong.any(1).sum())
 
-    def log_odds(self, hidden: torch.Tensor) -> torch.Tensor:
-        """log P(reasons) / P(does not) from the states (n, hidden) behind "<think>", exact for any probability."""
+    def decision_loss(self, hidden: torch.Tensor, targets: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
+        """Squared error of log P(reasons) / P(does not) behind "<think>", and -log P(first token of the thought | reasons).
+
+        hidden (n, hidden), targets (n,), odds (n,). Exact for any probability; what is rare must still make sense.
+        """
         logits = self.model.lm_head(hidden)
-        return logits.index_fill(1, torch.tensor(self.haste), -torch.inf).logsumexp(-1) - logits[:, self.haste]
+        reasons = logits.index_fill(1, torch.tensor(self.haste), -torch.inf)
+        error = (reasons.logsumexp(-1) - logits[:, self.haste] - odds).square().sum()
+        careful = targets != self.haste
+        return error + F.cross_entropy(reasons[careful], targets[careful], reduction="sum")
 
 
 def train(name: str, steps: int, step: Callable[[int], tuple[float, float]], optimizers: list) -> None:

@@ -1,6 +1,7 @@
 """The ablation's book-keeping: which run carries a row, what a cell says, and a whole tiny ablation by its command."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,12 @@ def test_a_bad_flag_exits_2_and_is_named(bad, word, capsys):
     with pytest.raises(SystemExit) as error:
         ablation.main(bad)
     assert error.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_the_readme_quotes_what_the_command_wrote():
+    root = Path(__file__).resolve().parents[1]
+    readme = (root / "README.md").read_text()
+    quoted = [line for line in readme[readme.index("## Results"):readme.index("## Data")].splitlines()
+              if line.startswith("| ")]
+    written = (root / "docs" / "results.md").read_text().splitlines()
+    assert len(quoted) > 10 and not [line for line in quoted if line not in written]
