@@ -327,8 +327,8 @@ def draw(bases, jobs, rows, args, splits):
     files = {base: out / base.name / "pass-base.json" for base in main}
     forms = [json.loads(file.read_text()) for file in files.values() if file.exists()]
     if forms:
-        ks = [int(k[5:]) for k in forms[0]["open"] if k.startswith("pass@")]
-        lines = {form: [(k, 100 * statistics.mean(f[form][f"pass@{k}"] for f in forms)) for k in ks] for form in FORMS}
+        lines = {form: [(int(k[5:]), 100 * statistics.mean(at[form][k] for at in forms)) for k in forms[0][form]
+                        if k.startswith("pass@")] for form in FORMS if form in forms[0]}
         paths.append(line_chart(lines, out / "pass_at_k.png", "pass@k of the base model by form of the question", "k",
                                 "%", logx=True))
     return paths
@@ -387,7 +387,7 @@ def parse_args(argv=None):
     parser.add_argument("--reject_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--base_seeds", type=int, nargs="+", default=[0], help="of the demo's worlds and base models")
-    parser.add_argument("--reasons", type=float, nargs="+", default=[3e-4, 0.4],
+    parser.add_argument("--reasons", type=float, nargs="+", default=[5e-5, 3e-4, 0.4],
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
     parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k of the bases")
     parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
