@@ -387,7 +387,7 @@ def parse_args(argv=None):
     parser.add_argument("--reject_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--base_seeds", type=int, nargs="+", default=[0], help="of the demo's worlds and base models")
-    parser.add_argument("--reasons", type=float, nargs="+", default=[5e-5, 3e-4, 0.4],
+    parser.add_argument("--reasons", type=float, nargs="+", default=[3e-4, 5e-5, 0.4],
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
     parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k of the bases")
     parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
