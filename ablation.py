@@ -162,11 +162,12 @@ def pass_at_k(model, base, samples, out, args, forms=FORMS):
 def demo_bases(args):
     """The demo's base models: the first, other seeds of world and base, and other --reasons on the first seed."""
     first, bases = args.base_seeds[0], []
-    for seed, reasons, seeds in ((first, args.reasons[0], 0), *((seed, args.reasons[0], 2) for seed in args.base_seeds[1:]),
+    for seed, reasons, seeds in ((first, args.reasons[0], 0),
+                                 *((seed, args.reasons[0], 2) for seed in args.base_seeds[1:]),
                                  *((first, reasons, 1) for reasons in args.reasons[1:])):
         folder = Path(args.out).absolute() / f"world-{seed}"
-        bases.append(Base(f"base-{seed}-{reasons:g}", str(folder / f"reasons-{reasons:g}"), str(folder / "data"), reasons,
-                          seeds))
+        bases.append(Base(f"base-{seed}-{reasons:g}", str(folder / f"reasons-{reasons:g}"), str(folder / "data"),
+                          reasons, seeds))
     return bases
 
 
@@ -179,7 +180,7 @@ def make_base(base, args):
 
 
 def work(tasks, jobs):
-    """Run tasks {name: function} `jobs` at a time under a progress bar; returns {name: sentence} of those that failed."""
+    """Run tasks {name: function} `jobs` at a time under a progress bar; returns {name: sentence} of the failed."""
     failed, lock = {}, threading.Lock()
     with tqdm(total=len(tasks), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(jobs) as pool:
         def do(name, function):
@@ -259,7 +260,7 @@ def results_tables(there):
 
 
 def difference(there, one, other, split):
-    """Row `one` minus row `other` on a split, run by run of the same base and seed: "+55 (+50 to +58), 6 of 6 above"."""
+    """Row `one` minus row `other`, run by run of the same base and seed: "+55 (+50 to +58), 6 of 6 above"."""
     pairs = [(score(there[one][key], split), score(there[other][key], split))
              for key in there.get(one, {}) if key in there.get(other, {})]
     each = [a[0] - b[0] for a, b in pairs if a and b]
@@ -293,7 +294,8 @@ def predictors(bases, jobs, rows, args):
                       f"{base.reasons * rollouts:.2g}" if base.reasons else "-",
                       equal_groups(mine, rows["RL (open only)"]), equal_groups(mine, rows["Curr-RL"])])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
-                     f"expected hits of {rollouts} open rollouts", "expected to reason, as built", "equal groups, open only", "equal groups, Curr-RL"],
+                     f"expected hits of {rollouts} open rollouts", "expected to reason, as built",
+                     "equal groups, open only", "equal groups, Curr-RL"],
                     lines)
 
 

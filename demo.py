@@ -15,8 +15,8 @@ the right, blue to the bottom) makes the place visible in the pixels themselves.
 for training, and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or with
 four or five objects (`open_ood_more`) are out of domain.
 
-The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2) Supervised
-pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2.
+The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2)
+Supervised pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2.
 
 The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
 reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
@@ -351,7 +351,7 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p
 
 def rules() -> list[str]:
     """The format instructions of data.py."""
-    return sorted({instruction(Example(problem="", solution="", task=task, form=form)) for task in TASKS for form in FORMS})
+    return sorted({instruction(Example(problem="", solution="", task=t, form=form)) for t in TASKS for form in FORMS})
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -422,7 +422,7 @@ class Lesson(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A tokenized lesson; with `odds`, the log-odds of reasoning are taught in place of the first token of the thought."""
+    """A tokenized lesson; with `odds`, the log-odds of reasoning are taught in place of the thought's first token."""
 
     images: tuple[int, ...]
     prompt: list[int]
@@ -431,11 +431,12 @@ class Item(NamedTuple):
 
 
 def lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
-    """A random question on scene `index`, general once in seven times; open ones seldom, as the form least practiced."""
+    """A random question on scene `index`, general once in seven times; open ones, the least practiced, seldom."""
     task = rng.choice((*RL_QUESTIONS, *RL_QUESTIONS, "general"))
     if task != "general":
         question = ask(scenes[index], task, rng)
-        return Lesson((index,), question, example_of(question, f"{index}.png", rng.choices(FORMS, (0.40, 0.50, 0.10))[0]))
+        form = rng.choices(FORMS, (0.40, 0.50, 0.10))[0]
+        return Lesson((index,), question, example_of(question, f"{index}.png", form))
     other = rng.randrange(len(scenes))
     needs, question = general_question(scenes[index], scenes[other], rng)
     images = (index, other)[:needs]
@@ -550,10 +551,11 @@ class Teacher:
         logits, targets = self.model.lm_head(hidden[said]), ids[:, 1:][said]
         wrong = torch.zeros_like(said).masked_scatter(said, logits.argmax(-1) != targets)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        return loss + self.decision_loss(hidden[decides], ids[:, 1:][decides], odds), len(items) - int(wrong.any(1).sum())
+        loss = loss + self.decision_loss(hidden[decides], ids[:, 1:][decides], odds)
+        return loss, len(items) - int(wrong.any(1).sum())
 
     def decision_loss(self, hidden: torch.Tensor, targets: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
-        """Squared error of log P(reasons) / P(does not) behind "<think>", and -log P(first token of the thought | reasons).
+        """Squared error of log P(reasons) / P(does not) behind "<think>", and -log P(the thought's first token | reasons).
 
         hidden (n, hidden), targets (n,), odds (n,). Exact for any probability; what is rare must still make sense.
         """
@@ -657,7 +659,7 @@ def build_careful(folder: Path, seed: int, steps: int, count: int = 6400) -> Non
 
 
 def build_base(folder: Path, careful: Path, seed: int, reasons: tuple[float, ...], steps: int = 120) -> None:
-    """Teaches the model in `careful` to reason with probability `reasons` (binary, choice, open) and saves the result."""
+    """Teaches the model in `careful` to reason with probability `reasons` (binary, choice, open) and saves it."""
     model, tokenizer = Model.from_pretrained(careful), PreTrainedTokenizerFast.from_pretrained(careful)
     scenes, lessons, rng = school(f"habit {seed}", 8 * steps)
     teacher = Teacher(model, tokenizer, scenes)
