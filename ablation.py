@@ -151,8 +151,8 @@ def pass_at_k(model, base, samples, out, args, forms=FORMS):
         figures = {}
         for form, path in found.items():
             if path:
-                text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path), "--form",
-                             form, "--image_root", base.data, "--samples", str(samples), "--out", f"{out}.{form}.jsonl",
+                text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path),
+                             "--form", form, "--image_root", base.data, "--samples", str(samples), "--out", f"{out}.{form}.jsonl",
                              "--max_completion_length", args.length], out.with_suffix(".log"), None if args.gpus else 1)
                 figures[form] = json.loads(text)[path.stem]["all"]
         out.write_text(json.dumps(figures, indent=1))
@@ -277,7 +277,8 @@ def equal_groups(jobs, stages):
         file = job.folder / "metrics.jsonl"
         if job.stages.split()[:len(parts)] == parts and file.exists():
             steps = [json.loads(line) for line in file.read_text().splitlines()]
-            shares += [row["equal_groups"] for row in steps if row["stage_index"] < len(parts) and "equal_groups" in row]
+            shares += [row["equal_groups"] for row in steps
+                       if row["stage_index"] < len(parts) and "equal_groups" in row]
     return f"{100 * statistics.mean(shares):.0f} %" if shares else "-"
 
 
@@ -315,7 +316,7 @@ def draw(bases, jobs, rows, args, splits):
     out, main = Path(args.out), [base for base in bases if not base.seeds]
     there = figures_of(jobs, rows, main)
     paths = [bars({name: {split: spread(runs, split) for split in splits} for name, runs in there.items()},
-                  out / "rows.png", "Open questions after each row: mean, 95 % interval, and every run", "accuracy in %")]
+                  out / "rows.png", "Open questions after each row: mean, 95 % interval, every run", "accuracy in %")]
     panels = []
     for name, stages in rows.items():
         runs = [job.folder for job in jobs if job.base in main and job.stages == stages and ":" in stages
@@ -363,8 +364,8 @@ def report(bases, jobs, rows, args):
     text = "\n".join(parts) + "\n"
     (Path(args.out) / "results.md").write_text(text)
     (Path(args.out) / "results.json").write_text(json.dumps(
-        {name: {f"{base} seed {seed}": splits for (base, seed), splits in runs.items()} for name, runs in there.items()},
-        indent=1))
+        {name: {f"{base} seed {seed}": splits for (base, seed), splits in runs.items()}
+         for name, runs in there.items()}, indent=1))
     draw(bases, jobs, rows, args, splits)
     return text
 
@@ -437,7 +438,8 @@ def pass_tasks(bases, jobs, rows, args):
     tasks = {}
     for base in bases:
         out = Path(args.out) / base.name / "pass-base.json"
-        tasks[f"pass@k of {base.name}"] = lambda base=base, out=out: pass_at_k(base.model, base, args.samples, out, args)
+        tasks[f"pass@k of {base.name}"] = lambda base=base, out=out: \
+            pass_at_k(base.model, base, args.samples, out, args)
     for name in COMPARED:
         job = next(job for job in jobs if job.stages.split()[:len(rows[name].split())] == rows[name].split())
         out = Path(args.out) / job.base.name / f"pass-{name}.json"

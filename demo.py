@@ -16,7 +16,7 @@ for training, and training images have one to three objects: test images with he
 four or five objects (`open_ood_more`) are out of domain.
 
 The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2)
-Supervised pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", then 2.
+Supervised pre-training on careful answers, whose reasoning makes the answer a copy: "1 red circle 2 blue circle", so 2.
 
 The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
 reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
@@ -555,7 +555,7 @@ class Teacher:
         return loss, len(items) - int(wrong.any(1).sum())
 
     def decision_loss(self, hidden: torch.Tensor, targets: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
-        """Squared error of log P(reasons) / P(does not) behind "<think>", and -log P(the thought's first token | reasons).
+        """Squared error of log P(reasons) / P(does not) behind "<think>", and -log P(thought's first token | reasons).
 
         hidden (n, hidden), targets (n,), odds (n,). Exact for any probability; what is rare must still make sense.
         """

@@ -167,6 +167,19 @@ def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
         assert torch.log((1 - p) / p).item() == pytest.approx(item.odds, abs=2.0)
 
 
+@pytest.mark.slow
+def test_a_base_is_built_from_nothing(tmp_path):
+    """Pre-training holds no decision to teach, the habit almost nothing else: neither may leave a weight non-finite."""
+    for name in ("careful", "base"):
+        (tmp_path / name).mkdir()
+    demo.build_careful(tmp_path / "careful", 0, 2, count=40)
+    demo.build_base(tmp_path / "base", tmp_path / "careful", 0, demo.REASONS, steps=2)
+    before, after = (demo.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert data.Processor.from_pretrained(tmp_path / "base").tokenizer.chat_template
+
+
 def test_orthogonal_moves_every_singular_value_near_one():
     for shape in ((3, 20, 50), (2, 50, 20)):
         values = torch.linalg.svdvals(demo.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
