@@ -12,9 +12,10 @@ is not done again; a run that was killed is resumed. OUT gets
     results.md, *.png       tables and pictures of what is there so far
     results.json            the same figures for machines
 
-On the demo's world all rows run on one base model. Three of them (COMPARED) run on others as well: bases that reason
-more often before they answer an open question (--reasons, one seed of training), which decides how often open questions
-alone score; and, where --base_seeds names more, other worlds with their bases (two seeds).
+On the demo's world all rows run on one base model. Three of them (COMPARED) run in other settings as well, with two
+seeds of training: from bases that reason more often before they answer an open question (--reasons), which decides how
+often open questions alone score; in other worlds with their own bases (--base_seeds); and under other flags
+(--variants).
 """
 
 import argparse
@@ -27,7 +28,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,21 +51,22 @@ ROWS = {  # b, c, o: steps of the three forms in the curriculum; n: their sum, w
     "RL-ReFT": "open:{n} reject:{r}",
     "Curr-ReFT": "binary:{b} choice:{c} open:{o} reject:{r}",
 }
-COMPARED = ("RL (open only)", "Mix", "Curr-RL")  # the rows that are also run on the other bases
+COMPARED = ("RL (open only)", "Mix", "Curr-RL")  # the rows that are also run in the other settings
 PAIRS = (("Curr-RL", "RL (open only)"), ("Curr-RL", "Mix"), ("Curr-RL", "Reverse"), ("Curr-RL", "SFT"),
          ("Curr-ReFT", "Curr-RL"))  # differences that the report shows run by run
 DEMO_FLAGS = ("--prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 "
-              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --eval_limit 90 --threads 1 --sample_every 1000")
+              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --threads 1 --sample_every 1000")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model to start from: its name below --out, its checkpoint and data, and how often it reasons (demo only)."""
+    """What runs start from: a name below --out, checkpoint, data, how often it reasons (demo only), further flags."""
 
     name: str
     model: str
     data: str
     reasons: float | None = None
+    flags: str = ""
     seeds: int = 0  # seeds of training it is run with, COMPARED rows only; 0: all of them, and all rows
 
 
@@ -139,7 +142,7 @@ def train(job, args):
     program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     call([*program, "--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
-          *job.stages.split(), "--seed", str(job.seed), *shlex.split(args.flags), *resume],
+          *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume],
          job.folder.with_suffix(".log"), None if args.gpus else 1)
 
 
@@ -152,31 +155,34 @@ def pass_at_k(model, base, samples, out, args, forms=FORMS):
         for form, path in found.items():
             if path:
                 text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path),
-                             "--form", form, "--image_root", base.data, "--samples", str(samples), "--out", f"{out}.{form}.jsonl",
-                             "--max_completion_length", args.length], out.with_suffix(".log"), None if args.gpus else 1)
+                             "--form", form, "--image_root", base.data, "--samples", str(samples),
+                             "--out", f"{out}.{form}.jsonl",
+                             "--max_completion_length", args.length],
+                            out.with_suffix(".log"), None if args.gpus else 1)
                 figures[form] = json.loads(text)[path.stem]["all"]
         out.write_text(json.dumps(figures, indent=1))
     return json.loads(out.read_text())
 
 
 def demo_bases(args):
-    """The demo's base models: the first, other seeds of world and base, and other --reasons on the first seed."""
-    first, bases = args.base_seeds[0], []
-    for seed, reasons, seeds in ((first, args.reasons[0], 0),
-                                 *((seed, args.reasons[0], 2) for seed in args.base_seeds[1:]),
-                                 *((first, reasons, 1) for reasons in args.reasons[1:])):
+    """The demo's base models: the first, then other --reasons on its world, then other worlds."""
+    first, *others = args.base_seeds
+    bases = []
+    for seed, reasons in ((first, args.reasons[0]), *((first, reasons) for reasons in args.reasons[1:]),
+                          *((seed, args.reasons[0]) for seed in others)):
         folder = Path(args.out).absolute() / f"world-{seed}"
         bases.append(Base(f"base-{seed}-{reasons:g}", str(folder / f"reasons-{reasons:g}"), str(folder / "data"),
-                          reasons, seeds))
+                          reasons, seeds=2 if bases else 0))
     return bases
 
 
-def make_base(base, args):
-    """demo.py for one base; a finished one is left alone."""
-    folder = Path(base.model).parent
-    call([sys.executable, "demo.py", "--out", str(folder), "--seed", folder.name.rpartition("-")[2], "--threads", "1",
-          "--reasons", "0.4", "0.4", f"{base.reasons:g}", "--name", Path(base.model).name],
-         Path(f"{folder}.log"), 1)
+def make_bases(bases):
+    """demo.py for every base of one world, one after another; finished ones are left alone."""
+    for base in bases:
+        folder = Path(base.model).parent
+        call([sys.executable, "demo.py", "--out", str(folder), "--seed", folder.name.rpartition("-")[2], "--threads",
+              "1", "--reasons", "0.4", "0.4", f"{base.reasons:g}", "--name", Path(base.model).name],
+             Path(f"{folder}.log"), 1)
 
 
 def work(tasks, jobs):
@@ -270,41 +276,61 @@ def difference(there, one, other, split):
             f"{sum(x > 0 for x in each)} of {len(each)} above")
 
 
-def equal_groups(jobs, stages):
-    """Mean share of groups whose rewards are all equal over the RL steps of `stages`, as text."""
-    parts, shares = stages.split(), []
-    for job in jobs:
-        file = job.folder / "metrics.jsonl"
-        if job.stages.split()[:len(parts)] == parts and file.exists():
-            steps = [json.loads(line) for line in file.read_text().splitlines()]
-            shares += [row["equal_groups"] for row in steps
-                       if row["stage_index"] < len(parts) and "equal_groups" in row]
+def metrics_of(jobs, stages):
+    """[[metrics of each RL step]] of the runs that begin with `stages`, as far as these go."""
+    parts = stages.split()
+    files = [job.folder / "metrics.jsonl" for job in jobs if job.stages.split()[:len(parts)] == parts]
+    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.exists()]
+    return [[row for row in run if row["stage_index"] < len(parts) and "equal_groups" in row] for run in runs]
+
+
+def equal_groups(runs):
+    """Mean share of groups whose rewards are all equal, as text."""
+    shares = [row["equal_groups"] for run in runs for row in run]
     return f"{100 * statistics.mean(shares):.0f} %" if shares else "-"
 
 
+def takeoff(runs, steps=10, level=0.1):
+    """When open answers begin to score, as text, run by run: "113, never, 180", the first open step at which the
+    accuracy reward of the last `steps` is above `level` on average. Runs without an open stage are left out.
+    """
+    said = []
+    for run in runs:
+        rewards = [row["reward/accuracy"] for row in run if row["stage"] == "open"]
+        ends = (n for n in range(steps, len(rewards) + 1) if statistics.mean(rewards[n - steps:n]) > level)
+        said += [str(next(ends, "never"))] if rewards else []
+    return ", ".join(said) or "-"
+
+
 def predictors(bases, jobs, rows, args):
-    """What predicts the outcome on each base: pass@k of the three forms, expected hits, groups without signal."""
+    """What predicts the outcome in each setting: pass@k of the three forms, expected hits, groups without signal."""
     lines, rollouts = [], sum(args.steps) * args.rollouts
     for base in bases:
-        file = Path(args.out) / base.name / "pass-base.json"
+        file = pass_file(args, base)
         figures = json.loads(file.read_text()) if file.exists() else {}
         ks = {form: [100 * share for k, share in at.items() if k.startswith("pass@")] for form, at in figures.items()}
         mine = [job for job in jobs if job.base == base]
         lines.append([base.name, *(f"{ks[form][0]:.2g} / {ks[form][-1]:.2g}" if form in ks else "-" for form in FORMS),
                       f"{ks['open'][0] / 100 * rollouts:.2g}" if "open" in ks else "-",
                       f"{base.reasons * rollouts:.2g}" if base.reasons else "-",
-                      equal_groups(mine, rows["RL (open only)"]), equal_groups(mine, rows["Curr-RL"])])
+                      *(equal_groups(metrics_of(mine, rows[row])) for row in ("RL (open only)", "Curr-RL"))])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
                      f"expected hits of {rollouts} open rollouts", "expected to reason, as built",
                      "equal groups, open only", "equal groups, Curr-RL"],
                     lines)
 
 
-def regimes(bases, jobs, rows, split):
-    """Final open accuracy of the COMPARED rows on every base."""
-    found = {base.name: figures_of(jobs, rows, [base]) for base in bases}
-    return markdown(["base", *COMPARED], [[name, *(cell(spread(there.get(row, {}), split)) for row in COMPARED)]
-                                          for name, there in found.items()])
+def regimes(bases, jobs, rows, splits):
+    """Two tables of the COMPARED rows in every setting: accuracy, and when open answers began to score."""
+    found = {base: figures_of(jobs, rows, [base]) for base in bases}
+    columns = [(split, row) for split in splits for row in COMPARED]
+    return [markdown(["setting", *(f"{split}, {row}" for split, row in columns)],
+                     [[base.name, *(cell(spread(there.get(row, {}), split)) for split, row in columns)]
+                      for base, there in found.items()]),
+            "\nOpen step at which the accuracy reward of the last 10 steps first averaged above 0.1, run by run:\n",
+            markdown(["setting", *COMPARED],
+                     [[base.name, *(takeoff(metrics_of([job for job in jobs if job.base == base], rows[row]))
+                                    for row in COMPARED)] for base in bases])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,8 +353,13 @@ def draw(bases, jobs, rows, args, splits):
         paths.append(grid(panels, out / "curves.png"))
         for panel in panels:
             panel.unlink()
-    files = {base: out / base.name / "pass-base.json" for base in main}
-    forms = [json.loads(file.read_text()) for file in files.values() if file.exists()]
+    points = {row: sorted((base.reasons, mean[0]) for base in bases if base.reasons and base.data == main[0].data
+                          and (mean := spread(figures_of(jobs, rows, [base]).get(row, {}), splits[0])))
+              for row in COMPARED}
+    if any(len(line) > 1 for line in points.values()):
+        paths.append(line_chart(points, out / "regimes.png", "Open questions after each row, by base model",
+                                "how often the base reasons before an open answer", "accuracy in %", logx=True))
+    forms = [json.loads(file.read_text()) for base in main if (file := pass_file(args, base)).exists()]
     if forms:
         lines = {form: [(int(k[5:]), 100 * statistics.mean(at[form][k] for at in forms)) for k in forms[0][form]
                         if k.startswith("pass@")] for form in FORMS if form in forms[0]}
@@ -349,18 +380,19 @@ def report(bases, jobs, rows, args):
         raise UserError(f"{args.out} holds no finished run yet")
     splits = [split for split in next(iter(next(iter(there.values())).values())) if split.startswith("open")]
     b, c, o = args.steps
-    parts = [f"# Ablation\n\n{b + c + o} updates of {args.rollouts} rollouts a row ({b} + {c} + {o} in the curriculum), "
-             f"seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
+    differences = [[f"{one} - {other}", *(difference(there, one, other, split) for split in splits)]
+                   for one, other in PAIRS]
+    parts = [f"# Ablation\n\n{b + c + o} updates of {args.rollouts} rollouts a row ({b} + {c} + {o} in the curriculum),"
+             f" seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
              "runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
              "## What predicts the outcome\n", predictors(bases, jobs, rows, args), "",
              "## Rows\n", *[table + "\n" for table in results_tables(there)], "## Run by run, the same base and seed\n",
-             markdown(["difference", *splits], [[f"{one} - {other}", *(difference(there, one, other, s) for s in splits)]
-                                                for one, other in PAIRS])]
+             markdown(["difference", *splits], differences)]
     if len(bases) > len(main):
-        parts += ["\n## On other bases\n", regimes(bases, jobs, rows, splits[0])]
-    after = {path.stem.removeprefix("pass-"): json.loads(path.read_text()) for base in main[:1]
-             for path in sorted((Path(args.out) / base.name).glob("pass-*.json"))}
-    parts += ["\n## pass@k before and after\n", pass_table(after)]
+        parts += ["\n## In other settings\n", *regimes(bases, jobs, rows, splits)]
+    after = {name: json.loads(file.read_text()) for name, _, base, file in measured(bases, jobs, rows, args)
+             if base == main[0] and file.exists()}
+    parts += ["\n## pass@k before and after\n", pass_table(after, args)]
     text = "\n".join(parts) + "\n"
     (Path(args.out) / "results.md").write_text(text)
     (Path(args.out) / "results.json").write_text(json.dumps(
@@ -370,11 +402,29 @@ def report(bases, jobs, rows, args):
     return text
 
 
-def pass_table(after):
-    """pass@1 and pass@8 of each form, a line each measured checkpoint."""
-    ks = ("pass@1", "pass@8")
+def pass_file(args, base, name="base"):
+    """Where pass@k of a base, or of the end of a row on it, is kept."""
+    return Path(args.out) / base.name / f"pass-{name}.json"
+
+
+def measured(bases, jobs, rows, args):
+    """[(name, checkpoint, base, file)] to measure pass@k of: every base, and on the first COMPARED rows and stages."""
+    found = [("base", base.model, base, pass_file(args, base)) for base in bases if not base.flags]
+    for row in COMPARED:
+        parts = rows[row].split()
+        job = next(job for job in jobs if job.stages.split()[:len(parts)] == parts)
+        for end in range(1, len(parts) + 1):
+            stage = label(" ".join(parts[:end]))
+            name = row if len(parts) == 1 else f"{row}, {stage}"
+            found.append((name, job.folder / "stages" / stage, job.base, pass_file(args, job.base, name)))
+    return found
+
+
+def pass_table(after, args):
+    """pass@1 and pass@k of each form, a line each measured checkpoint."""
+    ks = ("pass@1", f"pass@{args.samples}")
     return markdown(["after", *(f"{form} {k}" for form in FORMS for k in ks)],
-                    [[name, *(f"{100 * at[form][k]:.0f}" if form in at else "-" for form in FORMS for k in ks)]
+                    [[name, *(f"{100 * at[form][k]:.2g}" if form in at else "-" for form in FORMS for k in ks)]
                      for name, at in after.items()])
 
 
@@ -389,10 +439,13 @@ def parse_args(argv=None):
                         help="steps of the curriculum's stages; every RL row takes their sum")
     parser.add_argument("--reject_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
-    parser.add_argument("--base_seeds", type=int, nargs="+", default=[0], help="of the demo's worlds and base models")
-    parser.add_argument("--reasons", type=float, nargs="+", default=[3e-4, 5e-5, 0.4],
+    parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1, 2],
+                        help="of the demo's worlds and base models; all rows run on the first")
+    parser.add_argument("--reasons", type=float, nargs="+", default=[5e-5, 3e-4, 3e-3, 0.4],
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
-    parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k of the bases")
+    parser.add_argument("--variants", nargs="*", default=["--beta 0"],
+                        help='other flags of currreft.py, each in one word, to run three rows under: "--beta 0"')
+    parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k")
     parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU, a thread each")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
@@ -412,17 +465,23 @@ def main(argv=None):
     args.jobs = 1 if args.gpus else args.jobs
     args.flags = f"{'' if args.model else DEMO_FLAGS} {args.flags}"
     bases = [Base("base", args.model, args.data)] if args.model else demo_bases(args)
+    bases += [replace(bases[0], name=bases[0].name + flags.replace(" ", ""), flags=flags, seeds=2)
+              for flags in args.variants]
     from currreft import parse_args as settings
     cfg = settings(shlex.split(args.flags))
     args.rollouts, args.length = cfg.prompts_per_step * cfg.num_generations, str(cfg.max_completion_length)
     rows, jobs = plan(args, bases)
     failed = {}
     if not args.report:
-        made = {base.name: lambda base=base: make_base(base, args) for base in bases if base.reasons}
-        seeds = len(args.base_seeds)  # first: the others start from a careful model of these
-        failed = work(dict(list(made.items())[:seeds]), args.jobs) | work(dict(list(made.items())[seeds:]), args.jobs)
-        failed |= work({str(job.folder): lambda job=job: train(job, args) for job in jobs}, args.jobs)
-        failed |= work(pass_tasks(bases, jobs, rows, args), args.jobs)
+        worlds = {}
+        for base in bases:
+            if base.reasons and not base.flags:
+                worlds.setdefault(base.data, []).append(base)
+        failed = work({data: partial(make_bases, made) for data, made in worlds.items()}, args.jobs)
+        failed |= work({str(job.folder): partial(train, job, args) for job in jobs}, args.jobs)
+        failed |= work({f"pass@{args.samples} of {file.parent.name}, {name}":
+                        partial(pass_at_k, model, base, args.samples, file, args)
+                        for name, model, base, file in measured(bases, jobs, rows, args)}, args.jobs)
     try:
         print(report(bases, jobs, rows, args))
     except UserError as error:
@@ -431,21 +490,6 @@ def main(argv=None):
     for name, sentence in failed.items():
         print(f"ablation: not finished: {sentence}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def pass_tasks(bases, jobs, rows, args):
-    """Measures of pass@k: of every base, and after the COMPARED rows on the first base and seed."""
-    tasks = {}
-    for base in bases:
-        out = Path(args.out) / base.name / "pass-base.json"
-        tasks[f"pass@k of {base.name}"] = lambda base=base, out=out: \
-            pass_at_k(base.model, base, args.samples, out, args)
-    for name in COMPARED:
-        job = next(job for job in jobs if job.stages.split()[:len(rows[name].split())] == rows[name].split())
-        out = Path(args.out) / job.base.name / f"pass-{name}.json"
-        model = job.folder / "stages" / label(rows[name])
-        tasks[f"pass@k after {name}"] = lambda job=job, out=out, model=model: pass_at_k(model, job.base, 8, out, args)
-    return tasks
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ def bars(rows: dict[str, dict], out, title: str = "", xlabel: str = "") -> Path:
     """
     names = list(dict.fromkeys(name for series in rows.values() for name in series))
     step, colors = 15 * len(names) + 14, dict(zip(names, itertools.cycle(PALETTE)))
-    most = max((max(mean + half, *each) for series in rows.values() for mean, half, each in filter(None, series.values())),
-               default=0)
+    found = [cell for series in rows.values() for cell in series.values() if cell]
+    most = max((max(mean + half, *each) for mean, half, each in found), default=0)
     if not most:
         raise UserError(f"nothing to draw for {title or out}: there is no figure above 0")
     page = Canvas(WIDTH, 170 + step * len(rows))
@@ -246,7 +246,8 @@ def bars(rows: dict[str, dict], out, title: str = "", xlabel: str = "") -> Path:
         for j, name in enumerate(names):
             if series.get(name):
                 (mean, half, each), y = series[name], top + step * i + 14 + 15 * j
-                page.line([(left + x * scale, y) for x in (max(0, mean - half), mean + half)], pale(colors[name], 0.3), 9)
+                ends = max(0, mean - half), mean + half
+                page.line([(left + x * scale, y) for x in ends], pale(colors[name], 0.3), 9)
                 for x in each:
                     page.dot(left + x * scale, y, colors[name], 2)
                 page.dot(left + mean * scale, y, colors[name], 4.5)

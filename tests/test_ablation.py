@@ -39,8 +39,9 @@ def splits(accuracy, n=100):
 def test_a_cell_holds_mean_interval_and_range_by_hand():
     runs = {("base0", 0): splits(0.4), ("base0", 1): splits(0.6)}
     mean, half, each = spread(runs, "open_id")
-    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test set are not 200 questions
-    assert (mean, each) == (pytest.approx(50), [pytest.approx(40), pytest.approx(60)]) and half == pytest.approx(9.6, abs=0.05)
+    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test are not 200 questions
+    assert (mean, each) == (pytest.approx(50), [pytest.approx(40), pytest.approx(60)])
+    assert half == pytest.approx(9.6, abs=0.05)
     assert spread(runs | {("base1", 0): splits(0.5)}, "open_id")[1] == pytest.approx(6.9, abs=0.05)  # 200 questions
     assert cell((50.2, 9.6, [40, 60])) == "50 ±10 (40-60)" and cell((50, 9.6, [50])) == "50 ±10" and cell(None) == "-"
 
@@ -49,6 +50,23 @@ def test_differences_are_between_runs_of_the_same_base_and_seed():
     there = {"a": {("x", 0): splits(0.5), ("x", 1): splits(0.9)}, "b": {("x", 1): splits(0.4), ("x", 2): splits(0.0)}}
     assert difference(there, "a", "b", "open_id") == "+50 (+50 to +50), 1 of 1 above"
     assert difference(there, "a", "c", "open_id") == "-"
+
+
+def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
+    def run(name, *stages):
+        rows = [{"stage": stage, "stage_index": n, "reward/accuracy": reward, "equal_groups": 0.5}
+                for n, (stage, rewards) in enumerate(stages) for reward in rewards]
+        job = ablation.Job(None, " ".join(f"{stage}:{len(rewards)}" for stage, rewards in stages), 0, tmp_path / name)
+        job.folder.mkdir()
+        job.folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return job
+    jobs = [run("late", ("open", [0.0] * 14 + [0.5] * 6)), run("never", ("open", [0.1] * 20)),
+            run("after", ("binary", [0.9] * 20), ("open", [0.0] * 8 + [0.6] * 12)),
+            run("mix", ("binary+open", [0.9] * 20))]
+    # 14 zeros: the ten that end at step 17 average 0.15; a stage of yes/no before does not count
+    runs = [ablation.metrics_of([job], job.stages)[0] for job in jobs]
+    assert ablation.takeoff(runs) == "17, never, 10" and ablation.takeoff(runs[3:]) == "-"
+    assert ablation.metrics_of(jobs, "binary:20")[0] == runs[2][:20] and ablation.equal_groups(runs) == "50 %"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +110,8 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
             raise RuntimeError("the disk is full")
         if "currreft.py" in words:
             out = words[words.index("--out") + 1]
-            names = ["base", *(label(" ".join(words[words.index("--stages") + 1:words.index("--seed")][:i + 1])) for i in range(3))]
+            stages = words[words.index("--stages") + 1:words.index("--seed")]
+            names = ["base", *(label(" ".join(stages[:i + 1])) for i in range(3))]
             tmp_path.joinpath(out).mkdir(parents=True)
             tmp_path.joinpath(out, "results.json").write_text(json.dumps(
                 {"rows": [{"name": name, "splits": splits(0.5)} for name in dict.fromkeys(names)]}))
@@ -101,7 +120,7 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
     monkeypatch.setattr(ablation, "call", call)
     assert ablation.main(argv) == 1
     said = capsys.readouterr()
-    assert "the disk is full" in said.err and "| Mix | 50 " in said.out and "| RL (open only) |" not in said.out
+    assert "the disk is full" in said.err and "| Mix | 50 " in said.out and "\n| RL (open only) |" not in said.out
 
 
 @pytest.mark.parametrize("bad, word", [(["--model", "x"], "--data"), (["--steps", "0", "1", "1"], "--steps"),
