@@ -13,9 +13,9 @@ is not done again; a run that was killed is resumed. OUT gets
     results.json            the same figures for machines
 
 On the demo's world all rows run on one base model. Three of them (COMPARED) run in other settings as well, with two
-seeds of training: from bases that reason more often before they answer an open question (--reasons), which decides how
-often open questions alone score; in other worlds with their own bases (--base_seeds); and under other flags
-(--variants).
+seeds of training: from bases that reason more or less often before they answer an open question (--reasons), which says
+how often open questions alone score; from a base whose skills are weak instead (--base_steps); in other worlds with
+their own bases (--base_seeds); and under other flags (--variants).
 """
 
 import argparse
@@ -55,19 +55,21 @@ COMPARED = ("RL (open only)", "Mix", "Curr-RL")  # the rows that are also run in
 PAIRS = (("Curr-RL", "RL (open only)"), ("Curr-RL", "Mix"), ("Curr-RL", "Reverse"), ("Curr-RL", "SFT"),
          ("Curr-ReFT", "Curr-RL"))  # differences that the report shows run by run
 DEMO_FLAGS = ("--prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 "
-              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --threads 1 --sample_every 1000")
+              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --eval_limit 120 --threads 1 "
+              "--sample_every 1000")
 
 
 @dataclass(frozen=True)
 class Base:
-    """What runs start from: a name below --out, checkpoint, data, how often it reasons (demo only), further flags."""
+    """What runs start from: a name below --out, checkpoint, data, further flags; and for the demo's, what makes it."""
 
     name: str
     model: str
     data: str
-    reasons: float | None = None
     flags: str = ""
     seeds: int = 0  # seeds of training it is run with, COMPARED rows only; 0: all of them, and all rows
+    reasons: float | None = None  # how often it reasons before an open answer
+    demo: tuple = ()  # flags of demo.py
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,22 @@ def train(job, args):
          job.folder.with_suffix(".log"), None if args.gpus else 1)
 
 
-def pass_at_k(model, base, samples, out, args, forms=FORMS):
+def in_domain(files, form):
+    """The test file of a form: open_id before open_ood_.., and before general, whose questions are open as well."""
+    names = sorted((name for name, (of, _) in files.items() if of == form), key=lambda name: not name.startswith(form))
+    return files[names[0]][1] if names else None
+
+
+def pass_at_k(model, base, samples, out, args):
     """{form: {pass@k: share}} of a checkpoint on the in-domain test questions of each form."""
     if not out.exists():
-        files = find_files(base.data)["test"]
-        found = {form: next((path for f, path in files.values() if f == form), None) for form in forms}
-        figures = {}
-        for form, path in found.items():
+        files, figures = find_files(base.data)["test"], {}
+        for form in FORMS:
+            path = in_domain(files, form)
             if path:
                 text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path),
                              "--form", form, "--image_root", base.data, "--samples", str(samples),
-                             "--out", f"{out}.{form}.jsonl",
-                             "--max_completion_length", args.length],
+                             "--out", f"{out}.{form}.jsonl", "--max_completion_length", args.length],
                             out.with_suffix(".log"), None if args.gpus else 1)
                 figures[form] = json.loads(text)[path.stem]["all"]
         out.write_text(json.dumps(figures, indent=1))
@@ -165,24 +171,25 @@ def pass_at_k(model, base, samples, out, args, forms=FORMS):
 
 
 def demo_bases(args):
-    """The demo's base models: the first, then other --reasons on its world, then other worlds."""
-    first, *others = args.base_seeds
+    """The demo's base models: the first, then other --reasons on its world, ones of weaker skills, other worlds."""
+    (first, *others), (steps, *fewer) = args.base_seeds, args.base_steps
+    wanted = [(first, steps, reasons) for reasons in args.reasons]
+    wanted += [(first, weak, args.reasons[-1]) for weak in fewer] + [(seed, steps, args.reasons[0]) for seed in others]
     bases = []
-    for seed, reasons in ((first, args.reasons[0]), *((first, reasons) for reasons in args.reasons[1:]),
-                          *((seed, args.reasons[0]) for seed in others)):
-        folder = Path(args.out).absolute() / f"world-{seed}"
-        bases.append(Base(f"base-{seed}-{reasons:g}", str(folder / f"reasons-{reasons:g}"), str(folder / "data"),
-                          reasons, seeds=2 if bases else 0))
+    for seed, n, reasons in wanted:
+        weak, name = f"-{n}steps" if n != steps else "", f"reasons-{reasons:g}"
+        folder = Path(args.out).absolute() / f"world-{seed}{weak}"
+        flags = ("--out", str(folder), "--name", name, "--seed", str(seed), "--steps", str(n),
+                 "--reasons", "0.15", "0.15", str(reasons))
+        bases.append(Base(f"base-{seed}-{reasons:g}{weak}", str(folder / name), str(folder / "data"),
+                          seeds=2 if bases else 0, reasons=reasons, demo=flags))
     return bases
 
 
 def make_bases(bases):
     """demo.py for every base of one world, one after another; finished ones are left alone."""
     for base in bases:
-        folder = Path(base.model).parent
-        call([sys.executable, "demo.py", "--out", str(folder), "--seed", folder.name.rpartition("-")[2], "--threads",
-              "1", "--reasons", "0.4", "0.4", f"{base.reasons:g}", "--name", Path(base.model).name],
-             Path(f"{folder}.log"), 1)
+        call([sys.executable, "demo.py", "--threads", "1", *base.demo], Path(f"{Path(base.model).parent}.log"), 1)
 
 
 def work(tasks, jobs):
@@ -248,6 +255,11 @@ def cell(found):
     return f"{mean:.0f} ±{half:.0f}" + (f" ({min(each):.0f}-{max(each):.0f})" if len(each) > 1 else "")
 
 
+def short(x):
+    """53.2 -> "53", 0.0412 -> "0.041"."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+
 def markdown(heading, lines):
     """A Markdown table of texts."""
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [heading, ["---"] * len(heading), *lines])
@@ -302,6 +314,12 @@ def takeoff(runs, steps=10, level=0.1):
     return ", ".join(said) or "-"
 
 
+def expected_hits(figures, rollouts, args):
+    """pass@1 x rollouts as text; where nothing was right, what 95 % of such a measurement exclude (rule of three)."""
+    share = figures["pass@1"] or 3 / (figures["n"] * args.samples)
+    return f"{'' if figures['pass@1'] else '< '}{short(share * rollouts)}"
+
+
 def predictors(bases, jobs, rows, args):
     """What predicts the outcome in each setting: pass@k of the three forms, expected hits, groups without signal."""
     lines, rollouts = [], sum(args.steps) * args.rollouts
@@ -310,9 +328,10 @@ def predictors(bases, jobs, rows, args):
         figures = json.loads(file.read_text()) if file.exists() else {}
         ks = {form: [100 * share for k, share in at.items() if k.startswith("pass@")] for form, at in figures.items()}
         mine = [job for job in jobs if job.base == base]
-        lines.append([base.name, *(f"{ks[form][0]:.2g} / {ks[form][-1]:.2g}" if form in ks else "-" for form in FORMS),
-                      f"{ks['open'][0] / 100 * rollouts:.2g}" if "open" in ks else "-",
-                      f"{base.reasons * rollouts:.2g}" if base.reasons else "-",
+        lines.append([base.name, *(f"{short(ks[form][0])} / {short(ks[form][-1])}" if form in ks else "-"
+                                   for form in FORMS),
+                      expected_hits(figures["open"], rollouts, args) if "open" in ks else "-",
+                      short(base.reasons * rollouts) if base.reasons else "-",
                       *(equal_groups(metrics_of(mine, rows[row])) for row in ("RL (open only)", "Curr-RL"))])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
                      f"expected hits of {rollouts} open rollouts", "expected to reason, as built",
@@ -321,13 +340,13 @@ def predictors(bases, jobs, rows, args):
 
 
 def regimes(bases, jobs, rows, splits):
-    """Two tables of the COMPARED rows in every setting: accuracy, and when open answers began to score."""
+    """Tables of the COMPARED rows in every setting: accuracy split by split, and when open answers began to score."""
     found = {base: figures_of(jobs, rows, [base]) for base in bases}
-    columns = [(split, row) for split in splits for row in COMPARED]
-    return [markdown(["setting", *(f"{split}, {row}" for split, row in columns)],
-                     [[base.name, *(cell(spread(there.get(row, {}), split)) for split, row in columns)]
-                      for base, there in found.items()]),
-            "\nOpen step at which the accuracy reward of the last 10 steps first averaged above 0.1, run by run:\n",
+    parts = [f"{split}:\n\n" + markdown(["setting", *COMPARED, f"{COMPARED[-1]} - {COMPARED[0]}"],
+             [[base.name, *(cell(spread(there.get(row, {}), split)) for row in COMPARED),
+               difference(there, COMPARED[-1], COMPARED[0], split)] for base, there in found.items()]) + "\n"
+             for split in splits]
+    return [*parts, "Open step at which the accuracy reward of the last 10 steps first averaged above 0.1:\n",
             markdown(["setting", *COMPARED],
                      [[base.name, *(takeoff(metrics_of([job for job in jobs if job.base == base], rows[row]))
                                     for row in COMPARED)] for base in bases])]
@@ -353,11 +372,12 @@ def draw(bases, jobs, rows, args, splits):
         paths.append(grid(panels, out / "curves.png"))
         for panel in panels:
             panel.unlink()
-    points = {row: sorted((base.reasons, mean[0]) for base in bases if base.reasons and base.data == main[0].data
-                          and (mean := spread(figures_of(jobs, rows, [base]).get(row, {}), splits[0])))
+    world = [base for base in bases if base.reasons and base.data == main[0].data and not base.flags]
+    points = {row: sorted((base.reasons, mean[0]) for base in world
+                          if (mean := spread(figures_of(jobs, rows, [base]).get(row, {}), splits[0])))
               for row in COMPARED}
     if any(len(line) > 1 for line in points.values()):
-        paths.append(line_chart(points, out / "regimes.png", "Open questions after each row, by base model",
+        paths.append(line_chart(points, out / "regimes.png", "Open questions after each row, mean over runs",
                                 "how often the base reasons before an open answer", "accuracy in %", logx=True))
     forms = [json.loads(file.read_text()) for base in main if (file := pass_file(args, base)).exists()]
     if forms:
@@ -424,7 +444,7 @@ def pass_table(after, args):
     """pass@1 and pass@k of each form, a line each measured checkpoint."""
     ks = ("pass@1", f"pass@{args.samples}")
     return markdown(["after", *(f"{form} {k}" for form in FORMS for k in ks)],
-                    [[name, *(f"{100 * at[form][k]:.2g}" if form in at else "-" for form in FORMS for k in ks)]
+                    [[name, *(short(100 * at[form][k]) if form in at else "-" for form in FORMS for k in ks)]
                      for name, at in after.items()])
 
 
@@ -441,11 +461,13 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="of the demo's worlds and base models; all rows run on the first")
-    parser.add_argument("--reasons", type=float, nargs="+", default=[5e-5, 3e-4, 3e-3, 0.4],
+    parser.add_argument("--reasons", type=float, nargs="+", default=[5e-5, 1e-5, 3e-4, 0.15],
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
+    parser.add_argument("--base_steps", type=int, nargs="+", default=[500, 200],
+                        help="of the demo's pre-training; fewer: a base of weak skills, and the last of --reasons")
     parser.add_argument("--variants", nargs="*", default=["--beta 0"],
                         help='other flags of currreft.py, each in one word, to run three rows under: "--beta 0"')
-    parser.add_argument("--samples", type=int, default=32, help="answers to each question for pass@k")
+    parser.add_argument("--samples", type=int, default=16, help="answers to each question for pass@k")
     parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU, a thread each")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
@@ -475,7 +497,7 @@ def main(argv=None):
     if not args.report:
         worlds = {}
         for base in bases:
-            if base.reasons and not base.flags:
+            if base.demo and not base.flags:
                 worlds.setdefault(base.data, []).append(base)
         failed = work({data: partial(make_bases, made) for data, made in worlds.items()}, args.jobs)
         failed |= work({str(job.folder): partial(train, job, args) for job in jobs}, args.jobs)

@@ -69,6 +69,20 @@ def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
     assert ablation.metrics_of(jobs, "binary:20")[0] == runs[2][:20] and ablation.equal_groups(runs) == "50 %"
 
 
+def test_pass_at_k_is_measured_on_the_in_domain_questions_of_each_form():
+    files = {"general": ("open", "g"), "judge": ("binary", "j"), "open_id": ("open", "o"), "open_more": ("open", "m")}
+    assert [ablation.in_domain(files, form) for form in ("binary", "choice", "open")] == ["j", None, "o"]
+    assert ablation.in_domain({"val": ("open", "v")}, "open") == "v"
+
+
+def test_the_readmes_tables_are_those_that_the_command_wrote():
+    readme = (ablation.HERE / "README.md").read_text()
+    section = readme[readme.index("\n## Results"):readme.index("\n## Data")]
+    lines = [line for line in section.splitlines() if line.startswith(("| Base", "| base", "| Curr", "| RL ", "| SFT"))]
+    written = (ablation.HERE / "docs" / "results.md").read_text().splitlines()
+    assert len(lines) > 10 and [line for line in lines if line not in written] == []
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """A whole ablation on the tiny random model, rows cut to what its data can show."""
