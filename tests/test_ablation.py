@@ -78,7 +78,7 @@ def test_pass_at_k_is_measured_on_the_in_domain_questions_of_each_form():
 def test_the_readmes_tables_are_those_that_the_command_wrote():
     readme = (ablation.HERE / "README.md").read_text()
     section = readme[readme.index("\n## Results"):readme.index("\n## Data")]
-    lines = [line for line in section.splitlines() if line.startswith(("| Base", "| base", "| Curr", "| RL ", "| SFT"))]
+    lines = [line for line in section.splitlines() if line.startswith(("| Base |", "| base", "| Curr", "| RL", "| SFT |"))]
     written = (ablation.HERE / "docs" / "results.md").read_text().splitlines()
     assert len(lines) > 10 and [line for line in lines if line not in written] == []
 
