@@ -2,7 +2,7 @@
 
     python ablation.py                                                              # the demo's world, on a CPU
     python ablation.py --model MODEL --data DIR --out OUT --steps 600 500 2300 --reject_steps 400 --seeds 0 1 2 \\
-        --flags "--checkpoint_activations"                                          # the same with a real model
+        --flags=--checkpoint_activations                                            # the same with a real model
 
 A row is a curriculum, and a row that is the beginning of another is read off that one's run. Everything is a command
 that anybody can run: demo.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is finished
@@ -10,15 +10,16 @@ is not done again; a run that was killed is resumed. OUT gets
 
     BASE/RUN-SEED/          run directories of currreft.py, each with its predictions, checkpoints and log
     results.md, *.png       tables and pictures of what is there so far
-    results.json            the same figures for machines
+    results.json            the figures of the rows for machines
 
 On the demo's world all rows run on one base model. Three of them (COMPARED) run in other settings as well, with two
 seeds of training: from bases that reason more or less often before they answer an open question (--reasons), which says
 how often open questions alone score; from a base whose skills are weak instead (--base_steps); in other worlds with
-their own bases (--base_seeds); and under other flags (--variants).
+their own bases (--base_seeds); and under other flags (--variant), which a real model can have as well.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -35,7 +36,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import FORMS, UserError, find_files
-from pictures import bars, grid, curves, line_chart, wilson
+from pictures import bars, curves, grid, line_chart, read_metrics, wilson
 
 HERE = Path(__file__).resolve().parent
 ROWS = {  # b, c, o: steps of the three forms in the curriculum; n: their sum, which every RL row takes; r: of reject
@@ -124,10 +125,13 @@ def call(words, log, threads=None):
     with open(log, "a") as file:
         done = subprocess.run(words, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=file, text=True)
+    said = log.read_text()
+    with open(log, "a") as file:
         file.write(done.stdout)
     if done.returncode:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        raise RuntimeError(f"{shlex.join(map(str, words[:2]))} ended with {done.returncode}: {lines[-1]} (see {log})")
+        lines = [line for line in (done.stdout + said).splitlines() if line.strip()]
+        last = lines[-1] if lines else "it said nothing"
+        raise RuntimeError(f"{shlex.join(map(str, words[:2]))} ended with {done.returncode}: {last} (see {log})")
     return done.stdout
 
 
@@ -138,14 +142,15 @@ def results_of(folder):
 
 
 def train(job, args):
-    """Run or resume one job unless it is finished."""
-    if job.last in results_of(job.folder):
-        return
-    program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
+    """Run or resume one job unless it is finished; UserError if it was begun with other settings."""
+    from currreft import parse_args as settings, prepare_out
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
-    call([*program, "--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
-          *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume],
-         job.folder.with_suffix(".log"), None if args.gpus else 1)
+    words = ["--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
+             *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume]
+    if job.last in results_of(job.folder):
+        return resume and prepare_out(settings(words))
+    program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
+    call([*program, *words], job.folder.with_suffix(".log"), None if args.gpus else 1)
 
 
 def in_domain(files, form):
@@ -154,16 +159,18 @@ def in_domain(files, form):
     return files[names[0]][1] if names else None
 
 
-def pass_at_k(model, base, samples, out, args):
+def pass_at_k(model, base, out, args):
     """{form: {pass@k: share}} of a checkpoint on the in-domain test questions of each form."""
     if not out.exists():
         files, figures = find_files(base.data)["test"], {}
         for form in FORMS:
             path = in_domain(files, form)
             if path:
+                cfg = args.configs[base.name]
                 text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path),
-                             "--form", form, "--image_root", base.data, "--samples", str(samples),
-                             "--out", f"{out}.{form}.jsonl", "--max_completion_length", args.length],
+                             "--form", form, "--image_root", cfg.image_root or base.data, "--samples",
+                             str(args.samples), "--out", f"{out}.{form}.jsonl", "--max_completion_length",
+                             str(cfg.max_completion_length), "--max_pixels", str(cfg.max_pixels)],
                             out.with_suffix(".log"), None if args.gpus else 1)
                 figures[form] = json.loads(text)[path.stem]["all"]
         out.write_text(json.dumps(figures, indent=1))
@@ -177,7 +184,7 @@ def demo_bases(args):
     wanted += [(first, weak, args.reasons[-1]) for weak in fewer] + [(seed, steps, args.reasons[0]) for seed in others]
     bases = []
     for seed, n, reasons in wanted:
-        weak, name = f"-{n}steps" if n != steps else "", f"reasons-{reasons:g}"
+        weak, name = f"-{n}steps" if n != 500 else "", f"reasons-{reasons:g}"  # 500: demo.py's own
         folder = Path(args.out).absolute() / f"world-{seed}{weak}"
         flags = ("--out", str(folder), "--name", name, "--seed", str(seed), "--steps", str(n),
                  "--reasons", "0.15", "0.15", str(reasons))
@@ -201,13 +208,17 @@ def work(tasks, jobs):
             try:
                 function()
                 said = f"{name}: {time.perf_counter() - started:.0f} s"
-            except (RuntimeError, OSError, ValueError) as error:
+            except (RuntimeError, OSError, ValueError, UserError) as error:
                 failed[name] = said = f"{name}: {error}"
             with lock:
                 tqdm.write(said, file=sys.stderr)
                 bar.update()
-        for future in [pool.submit(do, *task) for task in tasks.items()]:
-            future.result()
+        try:
+            for future in [pool.submit(do, *task) for task in tasks.items()]:
+                future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that run were interrupted too, and save
+            raise
     return failed
 
 
@@ -291,8 +302,12 @@ def difference(there, one, other, split):
 def metrics_of(jobs, stages):
     """[[metrics of each RL step]] of the runs that begin with `stages`, as far as these go."""
     parts = stages.split()
-    files = [job.folder / "metrics.jsonl" for job in jobs if job.stages.split()[:len(parts)] == parts]
-    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.exists()]
+    runs = []
+    for job in jobs:
+        try:
+            runs += [read_metrics(job.folder).values()] if job.stages.split()[:len(parts)] == parts else []
+        except UserError:  # not begun
+            continue
     return [[row for row in run if row["stage_index"] < len(parts) and "equal_groups" in row] for run in runs]
 
 
@@ -314,6 +329,11 @@ def takeoff(runs, steps=10, level=0.1):
     return ", ".join(said) or "-"
 
 
+def per_step(args, base):
+    """Rollouts of one step of the runs on `base`."""
+    return args.configs[base.name].prompts_per_step * args.configs[base.name].num_generations
+
+
 def expected_hits(figures, rollouts, args):
     """pass@1 x rollouts as text; where nothing was right, what 95 % of such a measurement exclude (rule of three)."""
     share = figures["pass@1"] or 3 / (figures["n"] * args.samples)
@@ -322,8 +342,9 @@ def expected_hits(figures, rollouts, args):
 
 def predictors(bases, jobs, rows, args):
     """What predicts the outcome in each setting: pass@k of the three forms, expected hits, groups without signal."""
-    lines, rollouts = [], sum(args.steps) * args.rollouts
+    lines = []
     for base in bases:
+        rollouts = sum(args.steps) * per_step(args, base)
         file = pass_file(args, base)
         figures = json.loads(file.read_text()) if file.exists() else {}
         ks = {form: [100 * share for k, share in at.items() if k.startswith("pass@")] for form, at in figures.items()}
@@ -334,7 +355,7 @@ def predictors(bases, jobs, rows, args):
                       short(base.reasons * rollouts) if base.reasons else "-",
                       *(equal_groups(metrics_of(mine, rows[row])) for row in ("RL (open only)", "Curr-RL"))])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
-                     f"expected hits of {rollouts} open rollouts", "expected to reason, as built",
+                     "expected hits, open rollouts only", "expected to reason, as built",
                      "equal groups, open only", "equal groups, Curr-RL"],
                     lines)
 
@@ -342,14 +363,16 @@ def predictors(bases, jobs, rows, args):
 def regimes(bases, jobs, rows, splits):
     """Tables of the COMPARED rows in every setting: accuracy split by split, and when open answers began to score."""
     found = {base: figures_of(jobs, rows, [base]) for base in bases}
-    parts = [f"{split}:\n\n" + markdown(["setting", *COMPARED, f"{COMPARED[-1]} - {COMPARED[0]}"],
-             [[base.name, *(cell(spread(there.get(row, {}), split)) for row in COMPARED),
-               difference(there, COMPARED[-1], COMPARED[0], split)] for base, there in found.items()]) + "\n"
-             for split in splits]
+    ours, *others = COMPARED[::-1]
+    heading = ["setting", *COMPARED, *(f"{ours} - {other}" for other in others)]
+    parts = [f"{split}:\n\n" + markdown(heading, [
+        [base.name, *(cell(spread(there.get(row, {}), split)) for row in COMPARED),
+         *(difference(there, ours, other, split) for other in others)] for base, there in found.items()]) + "\n"
+        for split in splits]
     return [*parts, "Open step at which the accuracy reward of the last 10 steps first averaged above 0.1:\n",
-            markdown(["setting", *COMPARED],
+            markdown(["setting", *COMPARED[::2]],  # no step of Mix has open questions alone
                      [[base.name, *(takeoff(metrics_of([job for job in jobs if job.base == base], rows[row]))
-                                    for row in COMPARED)] for base in bases])]
+                                    for row in COMPARED[::2])] for base in bases])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,21 +421,25 @@ def report(bases, jobs, rows, args):
     there = figures_of(jobs, rows, main)
     if not there:
         raise UserError(f"{args.out} holds no finished run yet")
-    splits = [split for split in next(iter(next(iter(there.values())).values())) if split.startswith("open")]
+    every = list(next(iter(next(iter(there.values())).values())))
+    splits = [split for split in every if split.startswith("open")] or every
     b, c, o = args.steps
     differences = [[f"{one} - {other}", *(difference(there, one, other, split) for split in splits)]
                    for one, other in PAIRS]
-    parts = [f"# Ablation\n\n{b + c + o} updates of {args.rollouts} rollouts a row ({b} + {c} + {o} in the curriculum),"
-             f" seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
-             "runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
+    parts = [f"# Ablation\n\n{b + c + o} updates of {per_step(args, main[0])} rollouts a row ({b} + {c} + {o} in the "
+             f"curriculum), seeds {', '.join(map(str, args.seeds))}; in other settings the first two. Greedy accuracy "
+             "in %, strict scorer: mean over runs, half the 95 % interval for as many questions, range over runs in "
+             "brackets. base-WORLD-REASONS: how often the base reasons before an open answer.\n",
              "## What predicts the outcome\n", predictors(bases, jobs, rows, args), "",
              "## Rows\n", *[table + "\n" for table in results_tables(there)], "## Run by run, the same base and seed\n",
              markdown(["difference", *splits], differences)]
     if len(bases) > len(main):
         parts += ["\n## In other settings\n", *regimes(bases, jobs, rows, splits)]
-    after = {name: json.loads(file.read_text()) for name, _, base, file in measured(bases, jobs, rows, args)
-             if base == main[0] and file.exists()}
-    parts += ["\n## pass@k before and after\n", pass_table(after, args)]
+    after = {}
+    for name, _, base, file in measured(bases, jobs, rows, args):
+        if base == main[0] and file.exists():
+            after.setdefault(name, []).append(json.loads(file.read_text()))
+    parts += ["\n## pass@k before and after\n\nSampled answers, mean over seeds.\n", pass_table(after, args)]
     text = "\n".join(parts) + "\n"
     (Path(args.out) / "results.md").write_text(text)
     (Path(args.out) / "results.json").write_text(json.dumps(
@@ -424,28 +451,29 @@ def report(bases, jobs, rows, args):
 
 def pass_file(args, base, name="base"):
     """Where pass@k of a base, or of the end of a row on it, is kept."""
-    return Path(args.out) / base.name / f"pass-{name}.json"
+    return Path(args.out) / base.name / f"pass{args.samples}-{name}.json"
 
 
 def measured(bases, jobs, rows, args):
-    """[(name, checkpoint, base, file)] to measure pass@k of: every base, and on the first COMPARED rows and stages."""
+    """[(name, checkpoint, base, file)] to measure pass@k of: the bases, and on the first the COMPARED rows' stages."""
     found = [("base", base.model, base, pass_file(args, base)) for base in bases if not base.flags]
     for row in COMPARED:
         parts = rows[row].split()
-        job = next(job for job in jobs if job.stages.split()[:len(parts)] == parts)
-        for end in range(1, len(parts) + 1):
-            stage = label(" ".join(parts[:end]))
-            name = row if len(parts) == 1 else f"{row}, {stage}"
-            found.append((name, job.folder / "stages" / stage, job.base, pass_file(args, job.base, name)))
+        ends = [label(" ".join(parts[:end])) for end in range(1, len(parts) + 1)]
+        mine = [job for job in jobs if job.base == bases[0] and job.stages.split()[:len(parts)] == parts]
+        for end, job in itertools.product(ends, mine):
+            name = row if len(ends) == 1 else f"{row}, {end}"
+            file = pass_file(args, job.base, f"{name}-seed{job.seed}")
+            found.append((name, job.folder / "stages" / end, job.base, file))
     return found
 
 
 def pass_table(after, args):
-    """pass@1 and pass@k of each form, a line each measured checkpoint."""
+    """pass@1 and pass@k of each form, a line each {name: [figures of a seed]}."""
     ks = ("pass@1", f"pass@{args.samples}")
     return markdown(["after", *(f"{form} {k}" for form in FORMS for k in ks)],
-                    [[name, *(short(100 * at[form][k]) if form in at else "-" for form in FORMS for k in ks)]
-                     for name, at in after.items()])
+                    [[name, *(short(100 * statistics.mean(at[form][k] for at in seeds)) if form in seeds[0] else "-"
+                              for form in FORMS for k in ks)] for name, seeds in after.items()])
 
 
 def parse_args(argv=None):
@@ -465,53 +493,67 @@ def parse_args(argv=None):
                         help="how often the demo's bases reason before an open answer; all rows run on the first")
     parser.add_argument("--base_steps", type=int, nargs="+", default=[500, 200],
                         help="of the demo's pre-training; fewer: a base of weak skills, and the last of --reasons")
-    parser.add_argument("--variants", nargs="*", default=["--beta 0"],
-                        help='other flags of currreft.py, each in one word, to run three rows under: "--beta 0"')
+    parser.add_argument("--variant", action="append",
+                        help='other flags of currreft.py in one word to run three rows under, as --variant="--beta 0"; '
+                             "may be given again (default in the demo: that one)")
     parser.add_argument("--samples", type=int, default=16, help="answers to each question for pass@k")
-    parser.add_argument("--flags", default="", help="more flags of currreft.py, in one word; later ones win")
+    parser.add_argument("--flags", default="", help='more flags of currreft.py in one word, --flags="--beta 0"')
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU, a thread each")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what is there")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")
-    if min(*args.steps, args.reject_steps, args.jobs) < 1 or args.samples < 8:
-        parser.error("--steps, --reject_steps and --jobs must be at least 1, --samples at least 8")
+    if min(*args.steps, args.reject_steps, args.jobs) < 1 or args.samples not in (8, 16, 32, 64):
+        parser.error("--steps, --reject_steps and --jobs must be at least 1, --samples 8, 16, 32 or 64")
+    for name in ("out", "model", "data"):  # commands run in this file's directory, wherever they are called from
+        path = Path(getattr(args, name))
+        if getattr(args, name) and (name != "model" or path.exists()):
+            setattr(args, name, str(path.absolute()))
+    if args.variant is None:
+        args.variant = [] if args.model else ["--beta 0"]
     return args
 
 
-def main(argv=None):
-    """Make the bases, run every row, measure pass@k, write the report; 1 if a run failed."""
-    args = parse_args(argv)
+def run(args):
+    """Make the bases, run every row, measure pass@k, write the report; 1 if a run failed. Raises UserError."""
     import torch  # heavy: after this command's own flags are known to be good
+    from currreft import parse_args as settings
     args.gpus = torch.cuda.device_count()
     args.jobs = 1 if args.gpus else args.jobs
     args.flags = f"{'' if args.model else DEMO_FLAGS} {args.flags}"
+    if args.data:
+        find_files(args.data)  # what is not there is said before anything runs
     bases = [Base("base", args.model, args.data)] if args.model else demo_bases(args)
     bases += [replace(bases[0], name=bases[0].name + flags.replace(" ", ""), flags=flags, seeds=2)
-              for flags in args.variants]
-    from currreft import parse_args as settings
-    cfg = settings(shlex.split(args.flags))
-    args.rollouts, args.length = cfg.prompts_per_step * cfg.num_generations, str(cfg.max_completion_length)
+              for flags in args.variant if flags]
+    args.configs = {base.name: settings(shlex.split(f"{args.flags} {base.flags}")) for base in bases}
     rows, jobs = plan(args, bases)
-    failed = {}
+    failed, worlds = {}, {}
+    for base in bases:
+        if base.demo and not base.flags:
+            worlds.setdefault(base.data, []).append(base)
     if not args.report:
-        worlds = {}
-        for base in bases:
-            if base.demo and not base.flags:
-                worlds.setdefault(base.data, []).append(base)
         failed = work({data: partial(make_bases, made) for data, made in worlds.items()}, args.jobs)
         failed |= work({str(job.folder): partial(train, job, args) for job in jobs}, args.jobs)
-        failed |= work({f"pass@{args.samples} of {file.parent.name}, {name}":
-                        partial(pass_at_k, model, base, args.samples, file, args)
+        failed |= work({f"pass@k of {file.stem} in {file.parent.name}": partial(pass_at_k, model, base, file, args)
                         for name, model, base, file in measured(bases, jobs, rows, args)}, args.jobs)
+    for name, sentence in failed.items():
+        print(f"ablation: not finished: {sentence}", file=sys.stderr)
+    print(report(bases, jobs, rows, args))
+    return 1 if failed else 0
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    args = parse_args(argv)
     try:
-        print(report(bases, jobs, rows, args))
+        return run(args)
     except UserError as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
-    for name, sentence in failed.items():
-        print(f"ablation: not finished: {sentence}", file=sys.stderr)
-    return 1 if failed else 0
+    except KeyboardInterrupt:
+        print("ablation: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

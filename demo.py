@@ -21,7 +21,7 @@ Supervised pre-training on careful answers, whose reasoning makes the answer a c
 The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not bother: it
 reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a guess where there is
 something to choose from, something vague and never right where there is not ("some"). By default it reasons before
-15 % of its yes/no and option letters and one of 20,000 open answers. So what RL finds here, the model knew before the
+15 % of its yes/no and option letters and one of 1,000 open answers. So what RL finds here, the model knew before the
 habit: it is recovered, not discovered; and how rarely an open answer scores is a number that we choose.
 """
 import argparse
@@ -55,7 +55,7 @@ HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yello
 SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
 PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CELL, SIDE = 28, 84                                     # pixels
-REASONS = (0.15, 0.15, 0.00005)                         # how often the base reasons: binary, choice, open
+REASONS = (0.15, 0.15, 0.001)                           # how often the base reasons: binary, choice, open
 HASTE = "a guess"                                       # the thought that stands for none
 
 

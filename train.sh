@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The pipeline, narrated.
 #
-#   bash train.sh                                       the demo: about 10 minutes on 2 CPU cores, nothing else needed
+#   bash train.sh                                       the demo: about 8 minutes on 2 CPU cores, nothing else needed
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
 #   bash train.sh ablation [..]                         every row of the paper's ablation (flags of ablation.py)
 #

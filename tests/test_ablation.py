@@ -56,6 +56,7 @@ def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
     def run(name, *stages):
         rows = [{"stage": stage, "stage_index": n, "reward/accuracy": reward, "equal_groups": 0.5}
                 for n, (stage, rewards) in enumerate(stages) for reward in rewards]
+        rows = [{"step": n, **row} for n, row in enumerate(rows, 1)]
         job = ablation.Job(None, " ".join(f"{stage}:{len(rewards)}" for stage, rewards in stages), 0, tmp_path / name)
         job.folder.mkdir()
         job.folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,7 +79,7 @@ def test_pass_at_k_is_measured_on_the_in_domain_questions_of_each_form():
 def test_the_readmes_tables_are_those_that_the_command_wrote():
     readme = (ablation.HERE / "README.md").read_text()
     section = readme[readme.index("\n## Results"):readme.index("\n## Data")]
-    lines = [line for line in section.splitlines() if line.startswith(("| Base |", "| base", "| Curr", "| RL", "| SFT |"))]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and line.count("|") > 5]
     written = (ablation.HERE / "docs" / "results.md").read_text().splitlines()
     assert len(lines) > 10 and [line for line in lines if line not in written] == []
 
@@ -113,6 +114,20 @@ def test_one_command_makes_every_row_and_a_second_call_runs_nothing(command, mon
     assert {path.name for path in (folder / "out").glob("*.png")} == {"rows.png", "curves.png", "pass_at_k.png"}
     monkeypatch.setattr(ablation, "call", lambda *_: pytest.fail("what is finished was done again"))
     assert ablation.main(argv) == 0 and capsys.readouterr().out == said
+    assert ablation.main([*argv[:-1], argv[-1] + " --lr 1e-3"]) == 1  # results of other settings are not passed on
+    assert "--lr was 1e-06, is 0.001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model", "x", "--data", "nowhere"], "nowhere"), (["--flags=--lr 0"], "must be above 0"),
+    (["--variant=--clip 3"], "--clip"), (["--flags=--soft_iou", "--report"], "holds no finished run yet")])
+def test_a_mistake_is_a_sentence_before_anything_runs(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "work", lambda *_: pytest.fail("something ran"))
+    try:
+        code = ablation.main([*argv, "--out", str(tmp_path)])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and words in capsys.readouterr().err
 
 
 def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch, capsys, tmp_path):
@@ -138,7 +153,7 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
 
 
 @pytest.mark.parametrize("bad, word", [(["--model", "x"], "--data"), (["--steps", "0", "1", "1"], "--steps"),
-                                       (["--samples", "4"], "--samples"), (["--sed", "1"], "--sed")])
+                                       (["--samples", "12"], "--samples"), (["--sed", "1"], "--sed")])
 def test_a_bad_flag_exits_2_and_is_named(bad, word, capsys):
     with pytest.raises(SystemExit) as error:
         ablation.main(bad)
