@@ -125,13 +125,11 @@ def call(words, log, threads=None):
     with open(log, "a") as file:
         done = subprocess.run(words, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=file, text=True)
-    said = log.read_text()
-    with open(log, "a") as file:
+        said = log.read_text().strip()  # stderr, which ends with the sentence of a failure
         file.write(done.stdout)
     if done.returncode:
-        lines = [line for line in (done.stdout + said).splitlines() if line.strip()]
-        last = lines[-1] if lines else "it said nothing"
-        raise RuntimeError(f"{shlex.join(map(str, words[:2]))} ended with {done.returncode}: {last} (see {log})")
+        raise RuntimeError(f"{shlex.join(map(str, words[:2]))} ended with {done.returncode}: "
+                           f"{said.rpartition(chr(10))[2] or 'it said nothing'} (see {log})")
     return done.stdout
 
 
@@ -147,10 +145,11 @@ def train(job, args):
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     words = ["--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
              *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume]
-    if job.last in results_of(job.folder):
-        return resume and prepare_out(settings(words))
-    program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
-    call([*program, *words], job.folder.with_suffix(".log"), None if args.gpus else 1)
+    if job.last not in results_of(job.folder):
+        program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
+        call([*program, *words], job.folder.with_suffix(".log"), None if args.gpus else 1)
+    elif resume:
+        prepare_out(settings(words))
 
 
 def in_domain(files, form):
@@ -159,14 +158,13 @@ def in_domain(files, form):
     return files[names[0]][1] if names else None
 
 
-def pass_at_k(model, base, out, args):
+def measure(model, base, out, args):
     """{form: {pass@k: share}} of a checkpoint on the in-domain test questions of each form."""
     if not out.exists():
-        files, figures = find_files(base.data)["test"], {}
+        files, figures, cfg = find_files(base.data)["test"], {}, args.configs[base.name]
         for form in FORMS:
             path = in_domain(files, form)
             if path:
-                cfg = args.configs[base.name]
                 text = call([sys.executable, "sample.py", "evaluate", "--model", str(model), "--data", str(path),
                              "--form", form, "--image_root", cfg.image_root or base.data, "--samples",
                              str(args.samples), "--out", f"{out}.{form}.jsonl", "--max_completion_length",
@@ -185,9 +183,9 @@ def demo_bases(args):
     bases = []
     for seed, n, reasons in wanted:
         weak, name = f"-{n}steps" if n != 500 else "", f"reasons-{reasons:g}"  # 500: demo.py's own
-        folder = Path(args.out).absolute() / f"world-{seed}{weak}"
+        folder = Path(args.out) / f"world-{seed}{weak}"
         flags = ("--out", str(folder), "--name", name, "--seed", str(seed), "--steps", str(n),
-                 "--reasons", "0.15", "0.15", str(reasons))
+                 "--reasons", "0.15", "0.15", str(reasons))  # yes/no and letters: as demo.py
         bases.append(Base(f"base-{seed}-{reasons:g}{weak}", str(folder / name), str(folder / "data"),
                           seeds=2 if bases else 0, reasons=reasons, demo=flags))
     return bases
@@ -355,9 +353,8 @@ def predictors(bases, jobs, rows, args):
                       short(base.reasons * rollouts) if base.reasons else "-",
                       *(equal_groups(metrics_of(mine, rows[row])) for row in ("RL (open only)", "Curr-RL"))])
     return markdown(["base", *(f"{form}, pass@1 / pass@{args.samples} %" for form in FORMS),
-                     "expected hits, open rollouts only", "expected to reason, as built",
-                     "equal groups, open only", "equal groups, Curr-RL"],
-                    lines)
+                     "expected hits, all rollouts open", "expected to reason, as built",
+                     "equal groups, all steps of open only", "equal groups, all steps of Curr-RL"], lines)
 
 
 def regimes(bases, jobs, rows, splits):
@@ -384,7 +381,7 @@ def draw(bases, jobs, rows, args, splits):
     out, main = Path(args.out), [base for base in bases if not base.seeds]
     there = figures_of(jobs, rows, main)
     paths = [bars({name: {split: spread(runs, split) for split in splits} for name, runs in there.items()},
-                  out / "rows.png", "Open questions after each row: mean, 95 % interval, every run", "accuracy in %")]
+                  out / "rows.png", "Open questions: mean, 95 % interval of the questions, every run", "accuracy in %")]
     panels = []
     for name, stages in rows.items():
         runs = [job.folder for job in jobs if job.base in main and job.stages == stages and ":" in stages
@@ -427,14 +424,14 @@ def report(bases, jobs, rows, args):
     differences = [[f"{one} - {other}", *(difference(there, one, other, split) for split in splits)]
                    for one, other in PAIRS]
     parts = [f"# Ablation\n\n{b + c + o} updates of {per_step(args, main[0])} rollouts a row ({b} + {c} + {o} in the "
-             f"curriculum), seeds {', '.join(map(str, args.seeds))}; in other settings the first two. Greedy accuracy "
-             "in %, strict scorer: mean over runs, half the 95 % interval for as many questions, range over runs in "
-             "brackets. base-WORLD-REASONS: how often the base reasons before an open answer.\n",
+             f"curriculum), seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
+             "runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
              "## What predicts the outcome\n", predictors(bases, jobs, rows, args), "",
              "## Rows\n", *[table + "\n" for table in results_tables(there)], "## Run by run, the same base and seed\n",
              markdown(["difference", *splits], differences)]
     if len(bases) > len(main):
-        parts += ["\n## In other settings\n", *regimes(bases, jobs, rows, splits)]
+        parts += ["\n## In other settings\n\nTwo seeds, on the first base all. The demo's are base-WORLD-REASONS: how "
+                  "often a base reasons before an open answer.\n", *regimes(bases, jobs, rows, splits)]
     after = {}
     for name, _, base, file in measured(bases, jobs, rows, args):
         if base == main[0] and file.exists():
@@ -535,7 +532,7 @@ def run(args):
     if not args.report:
         failed = work({data: partial(make_bases, made) for data, made in worlds.items()}, args.jobs)
         failed |= work({str(job.folder): partial(train, job, args) for job in jobs}, args.jobs)
-        failed |= work({f"pass@k of {file.stem} in {file.parent.name}": partial(pass_at_k, model, base, file, args)
+        failed |= work({f"pass@k of {file.stem} in {file.parent.name}": partial(measure, model, base, file, args)
                         for name, model, base, file in measured(bases, jobs, rows, args)}, args.jobs)
     for name, sentence in failed.items():
         print(f"ablation: not finished: {sentence}", file=sys.stderr)

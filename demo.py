@@ -7,7 +7,7 @@ It writes
     demo/careful/        a Hugging Face directory: Qwen2_5_VLForConditionalGeneration, 1.7 million parameters
     demo/base/           the same model after it was taught a bad habit: the one to train
     demo/examples.png    some training images with their questions
-and only the ablation knows that this file exists. Everything follows from --seed.
+and only train.sh and the ablation know that this file exists. Everything follows from --seed.
 
 The world. An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and
 an image is nine of them. A cell holds at most one object: four colors, four kinds. A background gradient (red falls to
