@@ -18,7 +18,6 @@ import os
 import random
 import re
 import struct
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,23 +29,17 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from answers import offered_letters
+from distributed import RunError, UserError, say  # noqa: F401 (RunError: for who imports it from here)
+from tasks import TASKS, kind
+
 FORMS = ("binary", "choice", "open")
-TASKS = ("detection", "classify", "math", "general")    # general: self-improvement questions, never in an RL stage
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens
 MAX_SIDE, MAX_ASPECT = 16_384, 200                      # of an original image; the resizer raises beyond the latter
 VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
               "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
 BOX = re.compile(r"\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]".format(n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d)?)"))
-NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # whole part, decimals: 1,200 or 0.50
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")     # <|im_end|>, <|image_pad|>, ..; half a character
-
-
-class UserError(Exception):
-    """A mistake in data, files or flags. `str(error)` is what the user reads: what is wrong and what to do about it."""
-
-
-class RunError(UserError):
-    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +60,9 @@ class Example:
 
 def instruction(example: Example) -> str:
     """The format instruction after the problem: think, answer, and the rule of the example's form."""
-    rules = {"binary": " Answer exactly yes or no.",
-             "choice": " Answer with only the letter, or all right letters if several options are right.",
-             "detection": ' Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
-             "classify": " Answer with the labels, separated by commas."}
-    rule = rules.get(example.task if example.form == "open" else example.form, "")
-    return "First think inside <think> </think>, then give the final answer inside <answer> </answer>." + rule
+    rule = kind(example).rule
+    think = "First think inside <think> </think>, then give the final answer inside <answer> </answer>."
+    return f"{think} {rule}" if rule else think
 
 
 def prompt_messages(example: Example) -> list[dict]:
@@ -94,6 +84,9 @@ class Prompt:
     input_ids: torch.Tensor                             # (P,) int64, image tokens expanded
     pixel_values: torch.Tensor | None                   # (patches, 1176) float32
     image_grid_thw: torch.Tensor | None                 # (images, 3) int64: frames, rows, columns of patches
+    example: Example | None = None                      # what it was made of, for generators that want text and files
+    position_ids: torch.Tensor | None = None            # (3, P) rotary positions, once they are known (engine.py)
+    features: torch.Tensor | None = None                # (image tokens, H) in place of pixels: frozen vision tower
 
 
 class Processor:
@@ -149,14 +142,14 @@ class Processor:
         """Tokens and patches. An image of 84 x 56 model pixels: grid (1, 4, 6), 24 patches, 24 // 4 image tokens."""
         ids = self._unexpanded(example)
         if not example.images:
-            return Prompt(torch.tensor(ids), None, None)
+            return Prompt(torch.tensor(ids), None, None, example)
         vision = self.image_processor([load_image(path) for path in example.images], return_tensors="pt")
         _, rows, columns = vision["image_grid_thw"][0].tolist()
         if example.size not in (None, (14 * columns, 14 * rows)):
             raise UserError(f"{example.where}: boxes were read for another max_pixels than this processor's.")
         copies = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
         ids = [i for token in ids for i in [token] * (next(copies) if token == self.image_token_id else 1)]
-        return Prompt(torch.tensor(ids), vision["pixel_values"].float(), vision["image_grid_thw"])
+        return Prompt(torch.tensor(ids), vision["pixel_values"].float(), vision["image_grid_thw"], example)
 
     def _unexpanded(self, example: Example) -> list[int]:
         """Prompt tokens with one token for each image."""
@@ -211,6 +204,16 @@ def check_text(text: str) -> None:
         raise UserError(f"the text holds {found[0]!r}, which the chat format cannot carry; remove it.")
 
 
+def taught(example: Example) -> str:
+    """What a supervised stage teaches to answer: the solution, a bare truth within answer tags, read by the scorer."""
+    if "<answer>" not in example.solution:
+        return f"<answer>{kind(example).spell(example)}</answer>"
+    before, _, rest = example.solution.partition("<answer>")
+    answer, _, after = rest.partition("</answer>")
+    spelled = kind(example).spell(example)
+    return f"{before}<answer>{answer if answer.strip() == spelled else spelled}</answer>{after}"
+
+
 # ---- Images and boxes ----
 
 def load_image(path) -> Image.Image:
@@ -261,16 +264,8 @@ def resize_boxes_in(text: str, original: tuple[int, int], resized: tuple[int, in
     return BOX.sub(lambda match: str(resize_box([float(n) for n in match.groups()], original, resized)), text)
 
 
-def iou(a, b) -> float:
-    """Intersection over union of two boxes, 0 to 1."""
-    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-# ---- Ground truth ----
-
 def answer_of(solution: str) -> str:
-    """The answer in a ground truth: inside its only <answer> block, or all of a bare solution."""
+    """The answer in a ground truth: inside its only <answer> block, or all of a bare solution. UserError: there is none."""
     found = re.findall("<answer>(.*?)</answer>", solution, re.DOTALL)
     if len(found) > 1 or not found and re.search("<answer>|<think", solution):
         raise UserError("the solution needs exactly one closed <answer>..</answer>.")
@@ -279,57 +274,14 @@ def answer_of(solution: str) -> str:
     return answer
 
 
-def truth_boxes(solution: str) -> list[list[float]]:
-    """Boxes of a detection truth, [] for "no objects". JSON: {"bbox_2d": [..]}, a bare box, or a list of either."""
-    answer = answer_of(solution)
-    if re.fullmatch(r"(there (is|are) )?(none|no (objects?|box|boxes))[ .]*", answer.lower()):
-        return []
-    try:
-        value = json.loads(re.sub(r"^```(json)?|```$", "", answer))
-    except (ValueError, RecursionError):
-        raise UserError(f'the truth {answer[:80]!r} is neither JSON boxes nor "no objects".') from None
-    several = isinstance(value, list) and all(isinstance(item, (dict, list)) for item in value)
-    boxes = [item.get("bbox_2d") if isinstance(item, dict) else item for item in (value if several else [value])]
-    for box in boxes:
-        if not (isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) and abs(n) < 1e6 for n in box)
-                and box[0] < box[2] and box[1] < box[3]):
-            raise UserError(f"{box} is not a box: four finite numbers, two corners, x1 < x2 and y1 < y2.")
-    return boxes
-
-
-def labels_of(solution: str) -> list[str]:
-    """Labels of a classification truth: "[cat, 'traffic light']" -> ["cat", "traffic light"]."""
-    return [label for part in answer_of(solution).split(",") if (label := part.strip(" \t\r\n[](){}'\".;"))]
-
-
-def letters_of(text: str) -> list[str]:
-    """The pieces of a choice answer, in capitals: "(a) and C" -> ["A", "C"]; "cat" -> ["CAT"], which is no letter."""
-    return [piece for piece in re.split(r"[\s,;:/&.()\[\]]+", text.upper()) if piece not in ("", "AND")]
-
-
-def offered_letters(problem: str) -> set[str]:
-    """Letters of the options that a problem lists: A, B, C and on, as far as each stands alone in it."""
-    alone, letters = set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", problem)), set()
-    while (letter := chr(ord("A") + len(letters))) in alone:
-        letters.add(letter)
-    return letters
-
-
 def check_truth(example: Example, original: tuple[int, int] | None) -> None:
     """UserError unless a reward can read the truth; `original`: (width, height) of the image that boxes refer to."""
-    kind = example.task if example.form == "open" else example.form
-    if example.task == "detection" and original is None:
-        raise UserError("a detection row needs an image.")
-    answer = answer_of(example.solution) if kind != "general" else ""
-    if kind == "binary" and not re.fullmatch(r"(yes|true|correct|no|false|incorrect)[ .!]*", answer.lower()):
-        raise UserError(f"the truth {answer[:80]!r} of a binary row is neither yes nor no.")
-    if kind == "choice" and not set(letters_of(answer) or "?") <= offered_letters(example.problem):
-        raise UserError(f"the truth {answer[:80]!r} of a choice row is not letters of options in the problem.")
-    if kind == "classify" and not labels_of(example.solution):
-        raise UserError(f"the truth {answer[:80]!r} holds no label.")
-    for box in truth_boxes(example.solution) if kind == "detection" else ():
-        if min(box) < -1 or box[2] > original[0] + 1 or box[3] > original[1] + 1:       # a pixel of rounding is fine
-            raise UserError(f"the box {box} leaves the image of {original[0]} x {original[1]} pixels.")
+    if TASKS[example.task].needs_image and original is None:
+        raise UserError(f"a {example.task} row needs an image.")
+    if (example.form, example.task) != ("open", "general"):     # whose reference may be prose, or a draft
+        answer_of(example.solution)
+    if fault := kind(example).fault(example, original):
+        raise UserError(fault)
 
 
 # ---- Reading files ----
@@ -359,7 +311,7 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
         raise UserError("\n".join([f"{path}: {len(faults)} of {len(rows)} rows cannot be used.", *faults[:20], *more,
                                    "Correct these rows, or drop them with --skip_bad_rows."]))
     if faults:
-        print(f"{path}: dropped {len(faults)} of {len(rows)} rows, the first {faults[0]}", file=sys.stderr)
+        say(f"{path}: dropped {len(faults)} of {len(rows)} rows, the first {faults[0]}")
     return examples
 
 
@@ -413,7 +365,7 @@ def _example(line, where: str, root: Path, form, task, max_pixels: int, allow_ou
     example = Example(problem=problem, solution=solution, task=task, form=form, images=tuple(images), where=where,
                       size=original and model_size(original, max_pixels), split=split, history=tuple(history))
     check_truth(example, original)
-    if task != "detection":
+    if not TASKS[task].boxes:
         return example
     problem, solution = (resize_boxes_in(text, original, example.size) for text in (problem, solution))
     return replace(example, problem=problem, solution=solution)
@@ -461,102 +413,73 @@ def resolve_image(name, root: Path, allow_outside: bool = False) -> str:
 
 # ---- Three forms of one annotation ----
 
-def derive(example: Example, form: str, pool=VOC_LABELS, seed: int = 0) -> Example:
+def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     """The binary or choice form of an open example (paper, section 3.1), the same for the same (seed, example, form).
 
-    Yes and no are equally likely, letters uniform. `pool`: labels from which absent ones are drawn. UserError where no
-    wrong answer can be made: a math truth in words, or a pool without absent labels.
+    Yes and no are equally likely, letters uniform. `pool`: texts from which wrong answers are drawn, as far as the task
+    finds them wrong (labels by default: those of Pascal VOC); where it lends too few, the task invents more. UserError
+    where no wrong answer can be made: a math truth in words, or a pool without absent labels.
     """
     if form == example.form:
         return example
-    if example.form != "open" or form not in FORMS or example.task == "general":
+    task = TASKS[example.task]
+    if example.form != "open" or form not in FORMS or task.right is None:
         raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
     key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
     rng = random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
-    right, wrong = _candidates(example, pool, rng)
+    right, wrong = task.right(example), wrong_answers(example, VOC_LABELS if pool is None else pool, rng)
     if not wrong:
-        raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; give {form} a file of its own.")
+        raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
+                        "file of its own.")
     problem, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
     return replace(example, problem=problem, solution=f"<answer>{answer}</answer>", form=form)
+
+
+def wrong_answers(example: Example, pool, rng, most: int = 3) -> list[str]:
+    """Up to `most` different texts that the example's task finds wrong: from the pool first, then invented."""
+    task, found = TASKS[example.task], []
+    texts = sorted(set(pool))
+    for text in (*rng.sample(texts, len(texts)), *task.invent(example, rng)):
+        if len(found) < most and text not in found and task.wrong(text, example):
+            found.append(text)
+    return found
 
 
 def _binary(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
     """(question about one candidate, yes or no), by the toss of a coin."""
     yes = rng.random() < 0.5
-    candidate = rng.choice(right if yes else wrong)
-    if example.task == "classify":
-        question = f"Is there {'an' if candidate[0] in 'aeiouAEIOU' else 'a'} {candidate}?"
-    elif example.task == "detection" and candidate.startswith("["):
-        question = f"{example.problem}\nIs {candidate} the right box?"
-    else:
-        question = f"{example.problem}\nIs the answer {candidate}?"
-    return question, "yes" if yes else "no"
+    return TASKS[example.task].ask(example, rng.choice(right if yes else wrong)), "yes" if yes else "no"
 
 
 def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
-    """(question with four options, letters of the right ones): one, for classification one to three."""
-    if example.task == "math" and right[0] in offered_letters(example.problem):
+    """(question with four options, letters of the right ones)."""
+    if right[0] in offered_letters(example.problem):
         return example.problem, right[0]                # its options are there already
-    several = example.task == "classify"
-    right = rng.sample(right, min(len(right), rng.randint(1, 3) if several else 1))
+    task = TASKS[example.task]
+    right = rng.sample(right, min(len(right), rng.randint(1, task.most)))
     options = right + wrong[:4 - len(right)]
     rng.shuffle(options)
-    question = "Which of these are there?" if several else f"{example.problem}\nWhich of these is right?"
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
-    return "\n".join([question, *lines]), ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
+    letters = ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
+    return "\n".join([task.choose(example), *lines]), letters
 
 
-def _candidates(example: Example, pool, rng) -> tuple[list[str], list[str]]:
-    """(right answers, up to three wrong ones) as texts: letters, if the problem lists options and the truth is one."""
-    answer = answer_of(example.solution)
-    if example.task == "detection":
-        boxes = truth_boxes(example.solution)
-        return [str(box) for box in boxes] or ["no objects"], [str(box) for box in _wrong_boxes(boxes, example, rng)]
-    if example.task == "classify":
-        right = list(dict.fromkeys(labels_of(example.solution)))
-        absent = sorted(label for label in set(pool) if label.lower() not in {known.lower() for known in right})
-        return right, rng.sample(absent, min(3, len(absent)))
-    letters, offered = letters_of(answer), offered_letters(example.problem)
-    if len(letters) == 1 < len(offered) and letters[0] in offered:
-        return letters, sorted(offered - set(letters))
-    return [answer], _wrong_numbers(answer, rng)
-
-
-def _wrong_numbers(answer: str, rng) -> list[str]:
-    """Three texts like `answer`, one number changed to a near one of as many decimals: "0.7" -> "0.9", "0.6", "0.5".
-
-    Drawn from a window around the truth, placed at random: or else the middle one of four would be the likely one.
-    """
-    numbers = list(NUMBER.finditer(answer))
-    if not numbers:
-        return {"yes": ["no"], "no": ["yes"]}.get(answer.lower(), [])
-    number = rng.choice(numbers)
-    whole, decimals = number[1], len(number[2] or "")
-    value = int(whole.replace(",", "") + (number[2] or ""))                 # in units of the last decimal
-    spread = min(1000, max(4, value // 5))
-    start = max(0 if answer.isdigit() else 1, value - rng.randint(0, spread))   # a zero might divide, or read "-0"
-    texts = []
-    for n in rng.sample(range(start, start + spread), 3):
-        high, low = divmod(n + (n >= value), 10**decimals)                  # never the truth itself
-        text = (f"{high:,}" if "," in whole else str(high)) + (f".{low:0{decimals}}" if decimals else "")
-        texts.append(answer[:number.start()] + text + answer[number.end():])
-    return texts
-
-
-def _wrong_boxes(boxes, example: Example, rng) -> list[list[int]]:
-    """Three boxes inside the image, of about a true box's size, that overlap each true one by IoU < 0.3."""
-    (width, height), wrong = example.size, []
-    for attempt in range(2000):
-        x1, y1, x2, y2 = rng.choice(boxes) if boxes else (0, 0, width / 3, height / 3)
-        scale = rng.uniform(0.7, 1.3) * 0.99**attempt   # shrinks: by a box as large as the image only small ones fit
-        w, h = (min(side, max(1, round(length * scale))) for side, length in ((width, x2 - x1), (height, y2 - y1)))
-        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-        box = [x, y, x + w, y + h]
-        if box not in wrong and all(iou(box, true) < 0.3 for true in boxes):
-            wrong.append(box)
-        if len(wrong) == 3:
-            return wrong
-    raise UserError(f"{example.where}: the true boxes leave no room for wrong ones; drop the row.")
+def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False) -> list[Example]:
+    """Every example in another form; all that cannot be derived are named in one UserError, or dropped and counted."""
+    pool = sorted({text for e in examples if e.task == "classify" for text in TASKS[e.task].right(e)}) or None
+    derived, faults = [], []
+    for example in examples:
+        try:
+            derived.append(derive(example, form, pool, seed))
+        except UserError as error:
+            faults.append(str(error))
+    if faults and not (skip_bad_rows and derived):
+        more = f"\n.. and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError("\n".join(faults[:20]) + more + "\nCorrect them, give the form a file of its own, or drop the "
+                        "rows with --skip_bad_rows")
+    if faults:
+        say(f"{form}: dropped {len(faults)} rows that have no such form; the first: {faults[0]}")
+    return derived
 
 
 # ---- Order and files ----
@@ -601,3 +524,58 @@ def find_files(data_dir) -> dict:
         raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or judge, "
                         "choice, open) and test/*.jsonl, and for SFT_data/reject/*.jsonl and questions.jsonl.")
     return {"train": train, "test": test, "questions": questions[-1] if questions else None}
+
+
+# ---- All that a run will need ----
+
+def load_data(cfg):
+    """Read and check every file the run will need, before any model is loaded.
+
+    Returns (stage name -> examples, test examples, questions). A form without a file is derived from the open one.
+    """
+    files, options = find_files(cfg.data), {
+        "image_root": cfg.image_root or cfg.data, "task": cfg.task or None, "max_pixels": cfg.max_pixels,
+        "skip_bad_rows": cfg.skip_bad_rows, "allow_outside": cfg.allow_outside}
+    forms = {}
+
+    def form_examples(form):  # read or derived once, however many stages ask
+        if form not in forms:
+            path = files["train"].get(form)
+            if path:
+                forms[form] = load_examples(path, form=form, **options)
+            elif form == "open":
+                raise UserError(f"--data {cfg.data}: no open training file, which --stages needs")
+            else:
+                forms[form] = derive_all(form_examples("open"), form, cfg.seed, cfg.skip_bad_rows)
+        return forms[form]
+
+    examples, questions = {}, []
+    for stage in cfg.curriculum:
+        if stage.forms:
+            examples[stage.name] = [e for form in stage.forms for e in form_examples(form)]
+        elif stage.name == "sft":
+            examples["sft"] = form_examples("open")
+        elif not questions:
+            path = cfg.questions or files.get("questions")
+            if not path:
+                raise UserError(f"--data {cfg.data}: no question file for the reject stage; name one with --questions")
+            questions = load_examples(path, **options)
+    tests = []  # every split's rows, labeled with its name
+    for split, (form, path) in files["test"].items():
+        rows = load_examples(path, form=form, **options)
+        rows = [replace(e, split=split) for e in rows]
+        tests += rows[:cfg.eval_limit or None]
+    return examples, tests, questions
+
+
+def refuse_long_prompts(cfg, processor, examples):
+    """The examples whose prompts fit; UserError if any does not, unless --skip_bad_rows drops and counts them."""
+    lengths = [processor.prompt_length(e) for e in examples]
+    long = [f"{e.where} ({n} tokens)" for e, n in zip(examples, lengths) if n > cfg.max_prompt_length]
+    if long and not (cfg.skip_bad_rows and len(long) < len(examples)):
+        named = ", ".join(long[:5])
+        raise UserError(f"{len(long)} prompts are longer than --max_prompt_length {cfg.max_prompt_length}: {named}. "
+                        "Raise it, lower --max_pixels, or drop them with --skip_bad_rows")
+    if long:
+        say(f"dropped {len(long)} of {len(examples)} prompts longer than {cfg.max_prompt_length} tokens")
+    return [e for e, n in zip(examples, lengths) if n <= cfg.max_prompt_length]

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from data import Processor, UserError
+from data import Processor
+from distributed import UserError
 
 
 def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
@@ -77,7 +78,7 @@ class Packed:
 
 def prompt_positions(model, prompt):
     """(3, P) rotary positions of one prompt, by the model's own rule; kept on the prompt. Runs on the CPU."""
-    if getattr(prompt, "position_ids", None) is None:
+    if prompt.position_ids is None:
         ids = prompt.input_ids[None]
         types = (ids == model.config.image_token_id).int()
         prompt.position_ids = model.model.get_rope_index(
@@ -119,7 +120,7 @@ def pack(model, prompts, completions):
     before = torch.cat([prompt_end[:, None], completion_index], 1)[:, :-1]
 
     images = [p for p in prompts if p.pixel_values is not None]
-    features = [p.features for p in images if hasattr(p, "features")]
+    features = [p.features for p in images if p.features is not None]
     return Packed(
         input_ids=torch.cat([p.input_ids for p in prompts] + flat),
         position_ids=torch.cat(
@@ -216,14 +217,16 @@ class SelectedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head gets none
         for c in _chunks(len(hidden), len(weight)):
             probs = SelectedLogps.logits(hidden[c], weight, bias, ctx.temperature).sub_(lse[c, None]).exp_()
             d = probs.mul_(-grad[c, None])  # d logp / d logits = onehot - softmax
             d.scatter_add_(1, targets[c, None], grad[c, None])
             d = d.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[c] = d @ weight
-            grad_weight.addmm_(d.T, hidden[c])
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, hidden[c])
         return grad_hidden, grad_weight, None, None, None
 
     @staticmethod
@@ -255,6 +258,7 @@ class Completion:
 
     tokens: list        # token ids
     logps: torch.Tensor # (len(tokens),) float32, of the tempered distribution (of the plain one when greedy)
+    entropy: torch.Tensor  # (len(tokens),) float32, of that distribution in nats, before top_p
     truncated: bool     # no end token within the allowed length
     text: str           # decoded, without special tokens
 
@@ -310,7 +314,7 @@ class Engine:
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         # One column more than is ever read: a finished row writes there, so that no step needs a condition.
         self.tokens = table(rows, max_new + 1)
-        self.logps, self.uniform = (table(rows, max_new + 1, dtype=torch.float32) for _ in range(2))
+        self.logps, self.entropy, self.uniform = (table(rows, max_new + 1, dtype=torch.float32) for _ in range(3))
 
     # -- one decode step: fixed memory, no host sync ------------------------------------------------------------------
 
@@ -333,11 +337,12 @@ class Engine:
     def _sample(self, logits, rows):
         """Draw a token for each of `rows` from logits (len(rows), V); book it and whether the row has ended."""
         logps = torch.add(self.bias, logits, alpha=1 / (self.temperature or 1.0)).log_softmax(-1)
-        step = self.count[rows]
+        step, probs = self.count[rows], logps.exp()
         token = logps.argmax(-1) if self.temperature == 0 else \
-            inverse_cdf(logps.exp(), self.uniform[rows, step], self.top_p)
+            inverse_cdf(probs, self.uniform[rows, step], self.top_p)
         self.tokens[rows, step] = token
         self.logps[rows, step] = logps.gather(1, token[:, None])[:, 0]
+        self.entropy[rows, step] = -(probs * logps).nansum(-1)  # 0 log 0 is NaN, and counts as 0
         self.count[rows] = count = step + ~self.done[rows]
         self.done[rows] |= (token[:, None] == self.end_ids).any(1) | (count == self.max_new)
 
@@ -424,11 +429,12 @@ class Engine:
         ended = [row for row in range(n) if done[row] and owner[row] is not None]
         if not ended:
             return
-        tokens, logps = self.tokens[ended].tolist(), self.logps[ended].cpu()
+        tokens, logps, entropy = self.tokens[ended].tolist(), self.logps[ended].cpu(), self.entropy[ended].cpu()
         for i, row in enumerate(ended):
             (number, sample), ids = owner[row], tokens[i][:count[row]]
             results[number][sample] = Completion(
-                ids, logps[i, :count[row]].clone(), ids[-1] not in self.processor.end_ids, self.processor.decode(ids))
+                ids, logps[i, :count[row]].clone(), entropy[i, :count[row]].clone(),
+                ids[-1] not in self.processor.end_ids, self.processor.decode(ids))
             owner[row] = None
             if on_finish and all(results[number]):
                 on_finish(number, results[number])
@@ -441,7 +447,8 @@ class Engine:
         while n > 1 and 2 * len(live) <= n:
             n //= 2
         keep = live + [row for row in range(len(owner)) if owner[row] is None][:n - len(live)]
-        for table in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.uniform):
+        for table in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.entropy,
+                      self.uniform):
             table[:n] = table[keep]
         used = int((self.prompt_length + self.count)[:n].max())
         for layer in range(len(self.cache.keys)):  # a layer at a time: the copy stays small

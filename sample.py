@@ -16,43 +16,19 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from data import FORMS, TASKS, Example, RunError, UserError, load_examples, load_image, model_size
+from answers import extract_answer, parse_boxes
+from data import FORMS, Example, load_examples, load_image, model_size
+from distributed import UserError, gather, say, world
 from engine import Prompts, generate, load_policy
-from rewards import extract_answer, format_reward, is_correct, parse_boxes, quality_score
-
-
-def world():
-    """(rank, number of ranks); (0, 1) outside torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value):
-    """A list of every rank's value, in rank order, on every rank: [value] on one. Also a barrier."""
-    if world()[1] == 1:
-        return [value]
-    values = [None] * world()[1]
-    with collective():
-        dist.all_gather_object(values, value)
-    return values
-
-
-@contextmanager
-def collective():
-    """Turns the failure of a collective operation into a sentence: no rank waits for ever for another."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RunError("another rank died, or kept the others waiting for longer than --timeout_minutes "
-                       f"({str(error).splitlines()[0]}). Continue with --resume") from error
+from rewards import format_reward, is_correct, quality_score
+from tasks import TASKS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,8 +237,7 @@ def merge_partials(out, questions, threshold):
     """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent; returns how many."""
     rows, kept = scored_rows(out), 0
     if len(rows) < len(questions):
-        print(f"{len(questions) - len(rows)} of {len(questions)} questions got no score from the judge: left out",
-              file=sys.stderr)
+        say(f"{len(questions) - len(rows)} of {len(questions)} questions got no score from the judge: left out")
     aside = out.with_name(f".writing-{out.name}")
     with open(aside, "w") as file:
         for index, row in sorted(rows.items()):
@@ -285,7 +260,7 @@ def merge_partials(out, questions, threshold):
 
 def results_table(runs):
     """The results tables of run directories, as text, side by side."""
-    from pictures import table
+    from tools.pictures import table
     results = {}
     for run in runs:
         file = Path(run) / "results.json"
@@ -304,7 +279,7 @@ def answer(args):
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        from pictures import view
+        from tools.pictures import view
         size = model_size(load_image(args.image[0]).size, args.max_pixels)  # the pixels that the model speaks of
         view(args.image[0], size, [("red", boxes)]).save(args.out)
         print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)
@@ -364,7 +339,7 @@ def main(argv=None):
 
 def compare(args):
     """Print the results of several runs side by side and draw their curves in one picture."""
-    from pictures import curves
+    from tools.pictures import curves
     print(results_table(args.runs))
     print(curves(args.runs, args.out), file=sys.stderr)
 

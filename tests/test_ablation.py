@@ -6,7 +6,7 @@ import pytest
 
 import ablation
 from ablation import carriers, cell, difference, label, spread
-from tiny import tiny_checkpoint, tiny_data
+from tools.tiny import tiny_checkpoint, tiny_data
 
 
 def test_a_row_is_read_off_the_longest_run_that_begins_with_it():

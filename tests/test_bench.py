@@ -2,7 +2,7 @@
 
 import sys
 
-import bench
+import tools.bench as bench
 import pytest
 import torch
 

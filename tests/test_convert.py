@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 from PIL import Image
-from tiny import tiny_image, write_jsonl
+from tools.tiny import tiny_image, write_jsonl
 
-import convert
-import pictures
+import tools.convert as convert
+import tools.pictures as pictures
 from data import VOC_LABELS, derive, labels_of, load_examples, truth_boxes
 
 

@@ -13,12 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from real import real_config
-from tiny import tiny_checkpoint, tiny_data
+from tools.rehearse import real_config
+from tools.tiny import tiny_checkpoint, tiny_data
 
 import currreft
-from currreft import Config, ShardedAdamW, Stage, group_advantages, grpo_loss, latest_checkpoint, learning_rate, main
-from data import UserError
+import engine
+import run as run_module
+from currreft import Config, Stage, group_advantages, grpo_loss, main
+from data import batch_indices, load_data
+from distributed import RunError, ShardedAdamW, UserError
+from run import latest_checkpoint, learning_rate, seed_from
+from tools.check import check_memory, memory_needed
 
 HERE = Path(__file__).parent
 
@@ -187,11 +192,11 @@ class Bomb:
 def test_optimizer_state_runs_no_code_and_damage_is_a_sentence(tmp_path):
     optimizer = ShardedAdamW([("w", torch.nn.Parameter(torch.ones(2)))])
     torch.save({"w": {"step": Bomb(tmp_path / "loaded")}}, tmp_path / "optimizer-0.pt")
-    with pytest.raises(currreft.RunError, match="optimizer-0.pt"):
+    with pytest.raises(RunError, match="optimizer-0.pt"):
         optimizer.load([tmp_path / "optimizer-0.pt"])
     assert not (tmp_path / "loaded").exists()
     (tmp_path / "optimizer-0.pt").write_bytes(b"torn")
-    with pytest.raises(currreft.RunError, match="optimizer-0.pt"):
+    with pytest.raises(RunError, match="optimizer-0.pt"):
         optimizer.load([tmp_path / "optimizer-0.pt"])
 
 
@@ -313,20 +318,20 @@ def test_the_reference_restarts_with_the_stage_unless_told(flags, tmp_path, refe
 
 def test_a_stage_switch_frees_the_last_optimizer_before_it_makes_the_next(flags, tmp_path, monkeypatch):
     """Two sets of float32 masters and moments at once would not fit on a GPU that one fills."""
-    alive, made = weakref.WeakSet(), currreft.ShardedAdamW.__init__
+    alive, made = weakref.WeakSet(), ShardedAdamW.__init__
 
     def counting(self, *args):
         assert not len(alive), "the last stage's optimizer is still held"
         alive.add(self)
         made(self, *args)
-    monkeypatch.setattr(currreft.ShardedAdamW, "__init__", counting)
+    monkeypatch.setattr(ShardedAdamW, "__init__", counting)
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "binary:1", "choice:1", "sft:1"])
 
 
 def test_beta_zero_loads_no_reference(flags, tmp_path, monkeypatch):
     loaded = []
-    original = currreft.load_policy
-    monkeypatch.setattr(currreft, "load_policy", lambda *a, **k: loaded.append(a[0]) or original(*a, **k))
+    original = run_module.load_policy
+    monkeypatch.setattr(run_module, "load_policy", lambda *a, **k: loaded.append(a[0]) or original(*a, **k))
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:1", "--beta", "0"])
     assert len(loaded) == 1
 
@@ -336,12 +341,12 @@ def test_sft_loss_is_that_of_transformers_on_the_assistant_turn_alone(flags, tmp
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "sft:1", "--sft_batch", "4", "--micro_batch", "2"])
     (row,) = metrics(tmp_path / "run")
     cfg = currreft.parse_args([*flags, "--stages", "sft:1", "--sft_batch", "4"])
-    examples, _, _ = currreft.load_data(cfg)
+    examples, _, _ = load_data(cfg)
     policy, processor = currreft.load_policy(base[0])
-    bias = currreft.forbidden_bias(policy, processor)
+    bias = engine.forbidden_bias(policy, processor)
     plain = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(base[0], dtype=torch.float32)
     total, count = 0.0, 0
-    for i in currreft.batch_indices(len(examples["sft"]), 4, 0, currreft.seed_from(0, 0)):
+    for i in batch_indices(len(examples["sft"]), 4, 0, seed_from(0, 0)):
         example = examples["sft"][i]
         prompt = processor(example)
         answer = processor.tokenizer(example.solution + "<|im_end|>")["input_ids"]
@@ -364,9 +369,9 @@ def test_checkpoints_open_in_plain_transformers_with_the_same_logits(flags, tmp_
     assert tokenizer.chat_template and (path / "preprocessor_config.json").exists()
     assert (path / "generation_config.json").read_text() and "architectures" in (path / "config.json").read_text()
     assert not {"shared_prefix", "windowed_flash"} & set((path / "config.json").read_text().split('"'))
-    example = currreft.load_data(currreft.parse_args([*flags, "--stages", "open:1"]))[0]["open"][0]
+    example = load_data(currreft.parse_args([*flags, "--stages", "open:1"]))[0]["open"][0]
     prompt = processor(example)
-    hidden = currreft.packed_hidden(policy, currreft.pack(policy, [prompt], [[]]))
+    hidden = currreft.packed_hidden(policy, engine.pack(policy, [prompt], [[]]))
     logits = plain(input_ids=prompt.input_ids[None], pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
                    mm_token_type_ids=(prompt.input_ids == processor.image_token_id).int()[None]).logits[0]
     torch.testing.assert_close(policy.lm_head(hidden), logits, atol=1e-5, rtol=1e-5)
@@ -597,25 +602,25 @@ def test_memory_of_the_real_3b_configuration():
     """3,754,622,976 parameters, the tied head counted once."""
     config = transformers.Qwen2_5_VLConfig(**real_config())
     cfg = Config(data="d", dtype="bfloat16", checkpoint_activations=True)
-    one, eight = (currreft.memory_needed(config, cfg, ranks) for ranks in (1, 8))
+    one, eight = (memory_needed(config, cfg, ranks) for ranks in (1, 8))
     assert one["weights"] == one["gradients"] == one["reference"] == 2 * 3_754_622_976
     assert one["optimizer"] == 12 * 3_754_622_976 and eight["optimizer"] == one["optimizer"] // 8
     assert 68e9 < sum(one.values()) < 80e9 and sum(eight.values()) < 40e9
-    less = currreft.memory_needed(config, Config(data="d", dtype="bfloat16", beta=0.0, freeze_vision=True), 1)
+    less = memory_needed(config, Config(data="d", dtype="bfloat16", beta=0.0, freeze_vision=True), 1)
     assert less["reference"] == 0 and less["gradients"] < one["gradients"]
-    plain = currreft.memory_needed(config, Config(data="d", dtype="bfloat16"), 1)
+    plain = memory_needed(config, Config(data="d", dtype="bfloat16"), 1)
     assert plain["activations"] > 5 * one["activations"]
 
 
 def test_what_cannot_fit_is_refused_with_a_sentence(monkeypatch):
     needed = {"weights": 8 * 2**30, "gradients": 0, "reference": 0, "optimizer": 0, "cache": 2**40}
     said = []
-    currreft.check_memory(needed, said.append)
+    check_memory(needed, said.append)
     assert "1032.0 GiB" in said[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 6 * 2**30}))
     with pytest.raises(UserError, match="8.0 GiB on each GPU, which has 6.0"):
-        currreft.check_memory(needed, said.append)
+        check_memory(needed, said.append)
 
 
 def test_check_trains_nothing_and_shows_what_a_careful_person_would_look_at(flags, tmp_path, capsys):

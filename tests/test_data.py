@@ -15,7 +15,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import data  # noqa: E402
 from data import Example, Processor, UserError, derive, load_examples  # noqa: E402
-from tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl  # noqa: E402
+from tools.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data import UserError
-from pictures import (TILE, SCALE, curves, line_chart, main, prediction_tile, printable, read_metrics, running_mean,
+from tools.pictures import (TILE, SCALE, curves, line_chart, main, prediction_tile, printable, read_metrics, running_mean,
                       sheet, stages, table, text_width, ticks, view, wilson, wrap)
 
 

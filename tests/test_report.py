@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_checkpoint, tiny_data
+from tools.tiny import tiny_checkpoint, tiny_data
 
-import card
+import tools.card as card
 import currreft
-import pictures
+import tools.pictures as pictures
 from currreft import Config, main
-from pictures import wilson
-from report import Reporter
+from tools.pictures import wilson
+from tools.report import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_checkpoint, tiny_data
+from tools.tiny import tiny_checkpoint, tiny_data
 
 import sample
 from data import Example, UserError, find_files, load_examples

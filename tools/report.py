@@ -9,7 +9,7 @@ import sys
 import uuid
 from importlib import import_module
 
-from data import UserError
+from distributed import UserError
 
 
 class Reporter:

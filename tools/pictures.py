@@ -1,9 +1,9 @@
 """Pictures of a run: training curves, sheets of images with boxes, and the table of accuracies.
 
-    python pictures.py curves runs/demo --out curves.png                         # reward against step, one band a stage
-    python pictures.py curves runs/a runs/b --out both.png --metric kl           # one line a run: compare forks
-    python pictures.py table runs/a runs/b                                       # accuracies in % with 95 % intervals
-    python pictures.py examples data/train/open.jsonl --image_root data --out sheet.png -n 12
+    python -m tools.pictures curves runs/demo --out curves.png                         # reward against step, one band a stage
+    python -m tools.pictures curves runs/a runs/b --out both.png --metric kl           # one line a run: compare forks
+    python -m tools.pictures table runs/a runs/b                                       # accuracies in % with 95 % intervals
+    python -m tools.pictures examples data/train/open.jsonl --image_root data --out sheet.png -n 12
 
 Everything is drawn with Pillow at SCALE times its final size and scaled down once, which smooths every edge. Lengths
 are in final pixels, boxes in pixels of the image as the model sees it. Model text is hostile: it is cleaned, wrapped
@@ -21,8 +21,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data import FORMS, UserError, derive, load_examples, load_image
-from rewards import extract_answer, parse_boxes
+from answers import extract_answer, parse_boxes
+from data import FORMS, derive, load_examples, load_image
+from distributed import UserError
 
 SCALE = 2
 INK, GREY, LINE, PAGE = "#1f2933", "#6b7682", "#dde2e7", "#f1f3f5"
@@ -502,7 +503,7 @@ def whole(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`curves`, `table` and `examples`; returns the exit code, 2 with a sentence for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="pictures.py", description="Pictures and tables of training runs.")
+    parser = argparse.ArgumentParser(prog="tools.pictures", description="Pictures and tables of training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("curves", help="a metric against the step")
     command.add_argument("runs", nargs="+", metavar="RUN")
@@ -528,7 +529,7 @@ def main(argv: list[str] | None = None) -> int:
             examples = examples[::max(1, len(examples) // args.n)][:args.n]
             print(save_tiles([example_tile(example) for example in examples], args.out, 4))
     except UserError as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
+        print(f"tools.pictures: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-import real
+import tools.rehearse as real
 import torch
 from safetensors import safe_open
-from tiny import tiny_image
+from tools.tiny import tiny_image
 
 import data
 import engine

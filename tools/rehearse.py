@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import currreft  # noqa: E402
 from engine import load_policy, pack, packed_hidden  # noqa: E402
-from tiny import SPECIAL, SPLIT, TEMPLATE, tiny_data, tiny_tokenizer  # noqa: E402
+from tools.tiny import SPECIAL, SPLIT, TEMPLATE, tiny_data, tiny_tokenizer  # noqa: E402
 
 # config.json, generation_config.json, preprocessor_config.json and tokenizer_config.json of
 # Qwen/Qwen2.5-VL-3B-Instruct, in the layout of their release (transformers 4: text settings lie flat)

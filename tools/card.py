@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from data import Example, instruction
-from pictures import wilson
+from tools.pictures import wilson
 from sample import read_jsonl
 
 HIDDEN = {"model", "data", "image_root", "out", "questions", "judge_url", "resume", "allow_changes", "report_to"}

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from tiny import tiny_image, tiny_tokenizer
+from tools.tiny import tiny_image, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

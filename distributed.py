@@ -1,0 +1,174 @@
+"""Ranks: how the processes of a run find each other, share what they know, fail together, and share one optimizer.
+
+torchrun starts one process a GPU, a rank; without torchrun there is one. No DDP wrapper: gradients are summed by one
+explicit all-reduce and divided by constants that are known before the step, so that micro-batches, padding, text-only
+rows and the number of ranks cannot change the result.
+"""
+
+import os
+import pickle
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake in data, files or flags. `str(error)` is what the user reads: what is wrong and what to do about it."""
+
+
+class RunError(UserError):
+    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of 2."""
+
+
+def join_ranks(timeout_minutes):
+    """Join the other ranks if torchrun started us; returns this rank's device.
+
+    Tensors of a GPU travel by NCCL, everything else by gloo: there a dead peer is an exception, hence a sentence.
+    """
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"{local + 1} processes were started, but there are {torch.cuda.device_count()} GPUs: one each")
+    if cuda:
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def world():
+    """(rank, number of ranks); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """A list of every rank's value, in rank order, on every rank: [value] on one. Also a barrier."""
+    if world()[1] == 1:
+        return [value]
+    values = [None] * world()[1]
+    with collective():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def collective():
+    """Turns the failure of a collective operation into a sentence: no rank waits for ever for another."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError("another rank died, or kept the others waiting for longer than --timeout_minutes "
+                       f"({str(error).splitlines()[0]}). Continue with --resume") from error
+
+
+def say(text):
+    """Print a line on the terminal, once: rank 0 speaks for all. Above a progress bar where there is one."""
+    if world()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def one_line(text, limit=300):
+    """Model text made safe and short for a terminal: no control characters, no line breaks."""
+    return "".join(c if c.isprintable() else " " for c in text[:limit]) + ("..." if len(text) > limit else "")
+
+
+def leave(sentence, code):
+    """Say why and end this process at once: a rank that tidied up first would wait for ranks that wait for it."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(1)  # rank 0 says what all of them found; another speaks only if it outlives rank 0
+    print(f"currreft{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
+    if dist.is_initialized() and world()[1] > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer: float32 masters, sharded over ranks
+
+
+class ShardedAdamW:
+    """AdamW whose float32 master weights and moments live on one rank each; every rank holds the compute weights.
+
+    At lr 1e-6 bfloat16 weights alone would round nearly every update away, so the update happens in float32 on the
+    owner and the rounded result is broadcast. With float32 weights the master is the weight itself.
+    """
+
+    def __init__(self, named_parameters, weight_decay=0.0):
+        self.params = {name: p for name, p in named_parameters if p.requires_grad}
+        rank, ranks = world()
+        load, self.owner = [0] * ranks, {}
+        for name, p in sorted(self.params.items(), key=lambda item: -item[1].numel()):
+            self.owner[name] = load.index(min(load))
+            load[self.owner[name]] += p.numel()
+        # .detach().float() copies bfloat16 weights and aliases float32 ones
+        self.masters = {n: p.detach().float() for n, p in self.params.items() if self.owner[n] == rank}
+        fused = True if next(iter(self.params.values())).is_cuda else None
+        self.adam = torch.optim.AdamW(self.masters.values(), weight_decay=weight_decay, fused=fused)
+
+    def reduce_gradients(self, max_norm):
+        """Sum gradients over ranks and clip them; returns their norm before clipping.
+
+        One explicit all-reduce in place of the DDP wrapper: a rank whose micro-batches held no image contributes zeros,
+        so every rank reduces the same tensors, and a sum is right because each loss is divided by the global count.
+        """
+        for p in self.params.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if world()[1] > 1:
+            with collective():
+                for work in [dist.all_reduce(p.grad, async_op=True) for p in self.params.values()]:
+                    work.wait()
+        return torch.nn.utils.clip_grad_norm_(self.params.values(), max_norm).item()
+
+    @torch.no_grad()
+    def step(self, lr, chunk=2**26):
+        """Update the owned masters a chunk at a time (so that few float32 gradients exist at once), then broadcast."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        names = list(self.masters)
+        while names:
+            size, batch = 0, []
+            while names and (not batch or size + self.params[names[0]].numel() <= chunk):
+                batch.append(names.pop(0))
+                size += self.params[batch[-1]].numel()
+            for name in batch:
+                self.masters[name].grad = self.params[name].grad.float()
+            self.adam.step()  # passes over masters without a gradient
+            for name in batch:
+                self.params[name].copy_(self.masters[name])
+                self.masters[name].grad = None
+        if world()[1] > 1:
+            with collective():
+                for name, p in self.params.items():
+                    dist.broadcast(p, self.owner[name])
+
+    def zero_grad(self):
+        """Free the gradients."""
+        for p in self.params.values():
+            p.grad = None
+
+    def state_dict(self):
+        """{parameter name: moments, step and (unless weights are float32 themselves) master} of this rank's share."""
+        keep_master = next(iter(self.params.values())).dtype != torch.float32
+        return {name: {**self.adam.state[master], **({"master": master} if keep_master else {})}
+                for name, master in self.masters.items() if master in self.adam.state}
+
+    def load(self, files):
+        """Take this rank's share from the shards of any number of ranks."""
+        for file in files:
+            try:
+                shard = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise RunError(f"{file} is damaged or not an optimizer state ({str(error).splitlines()[0]}); remove "
+                               "its directory to resume from the checkpoint before") from error
+            for name, state in shard.items():
+                if name in self.masters:
+                    master = self.masters[name]
+                    if "master" in state:
+                        master.copy_(state.pop("master"))
+                    self.adam.state[master] = {k: v.to(master.device, copy=True) for k, v in state.items()}

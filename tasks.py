@@ -1,0 +1,248 @@
+"""TASKS: everything that depends on a task is one record here, and all other code asks the record.
+
+A question has a task (detection, classify, math, general) and a form: yes or no (binary), option letters (choice), or a
+free answer (open). The first two forms have records of their own, for what they ask and pay does not depend on the
+task. `kind(example)` is the record by which an example's answer is asked for, checked and paid. A new task is one more
+record; an unknown one is a KeyError. The functions stand above the records: accuracies, then what the two derived
+forms of the curriculum need.
+
+How answers are read is in answers.py. `example` is a data.Example: .form, .task, .solution, and where questions are
+derived or checked .problem and .size.
+"""
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from answers import (extract_answer, iou, matched_iou, normalize, offered_letters, parse_boxes, parse_labels,
+                     parse_letters, parse_number, parse_verdict, same_number, words)
+
+INSIDE = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
+
+
+def truth_of(example):
+    """The true answer: the text in the only <answer>..</answer> of example.solution, or all of one without tags."""
+    answer = extract_answer(example.solution)
+    return example.solution.strip() if answer is None else answer
+
+
+# ---- Accuracy: (answer, truth) -> [0, 1], a function for each form and task ----
+
+def binary_accuracy(answer, truth, **_):
+    """1 if the whole answer is yes/true/correct or no/false/incorrect and agrees with the truth: "Yes." for "true"."""
+    said = parse_verdict(answer)
+    return float(said is not None and said == parse_verdict(truth))
+
+
+def choice_accuracy(answer, truth, *, partial_credit=0.2, **_):
+    """Sets of letters. Truth "A, C": "C and A" -> 1; "A", a part of it, -> partial_credit; "A, B", "A, B, C" -> 0."""
+    chosen, right = parse_letters(answer), parse_letters(truth)
+    if not chosen or not right:
+        return 0.0
+    return 1.0 if chosen == right else partial_credit if chosen < right else 0.0
+
+
+def classify_accuracy(answer, truth, **_):
+    """Jaccard overlap |answer & truth| / |answer | truth| of label sets: "dog, bus" for "dog, cat" -> 1/3."""
+    named, right = ({label.lower() for label in parse_labels(text)} for text in (answer, truth))
+    return len(named & right) / len(named | right) if named else 0.0
+
+
+def detection_accuracy(answer, truth, *, soft_iou=False, **_):
+    """R = (sum of IoUs, matched one to one) / max(#predicted, #true); 1 if R > 0.5, else 0; R itself with soft_iou.
+
+    With no true box the answer must say that there is none. Labels beside the boxes are not scored.
+    """
+    predicted, right = parse_boxes(answer), parse_boxes(truth)
+    if not predicted or not right:
+        return float(predicted == right == [])
+    overlap = matched_iou(predicted, right) / max(len(predicted), len(right))
+    return overlap if soft_iou else float(overlap > 0.5)
+
+
+def math_accuracy(answer, truth, **_):
+    """1 for the same letter if the truth is one; else for the same number; else for equal normalized text."""
+    if letters := parse_letters(truth):
+        return float(parse_letters(answer) == letters)
+    number, true_number = parse_number(answer), parse_number(truth)
+    if number and true_number:
+        return float(same_number(number, true_number))
+    return float(normalize(answer) == normalize(truth) != "")
+
+
+def general_accuracy(answer, truth, **_):
+    """Free text: 1 if equal by the rules of math, else F1 = 2 |both| / (|answer| + |truth|) of the words, below 1."""
+    if math_accuracy(answer, truth):
+        return 1.0
+    said, right = Counter(words(answer)), Counter(words(truth))
+    return min(0.99, 2 * (said & right).total() / max(1, said.total() + right.total()))
+
+
+# ---- Derived forms: the right answers of an annotation one by one, and wrong answers beside them ----
+
+def right_boxes(example):
+    """Each true box as text, or "no objects"."""
+    return [json.dumps(box) for box in truth_boxes(example)] or ["no objects"]
+
+
+def truth_boxes(example):
+    """The true boxes as lists of whole numbers where they are whole: [[28, 14, 84, 70]]."""
+    return [[int(x) if x == int(x) else x for x in box] for box in parse_boxes(truth_of(example)) or []]
+
+
+def wrong_box(text, example):
+    """Whether a text is one box that overlaps every true one by IoU < 0.3 and lies within the image."""
+    boxes, (width, height) = parse_boxes(text), example.size
+    if not boxes or len(boxes) > 1:
+        return False
+    (box,) = boxes
+    inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
+    return inside and all(iou(box, true) < 0.3 for true in truth_boxes(example))
+
+
+def invent_boxes(example, rng):
+    """Boxes inside the image, of about a true box's size, anywhere."""
+    (width, height), boxes = example.size, truth_boxes(example)
+    for attempt in range(2000):
+        x1, y1, x2, y2 = rng.choice(boxes) if boxes else (0, 0, width / 3, height / 3)
+        scale = rng.uniform(0.7, 1.3) * 0.99**attempt   # shrinks: by a box as large as the image only small ones fit
+        w, h = (min(side, max(1, round(length * scale))) for side, length in ((width, x2 - x1), (height, y2 - y1)))
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        yield json.dumps([x, y, x + w, y + h])
+
+
+def wrong_label(text, example):
+    """Whether a text is one label that is not among the true ones."""
+    return len(parse_labels(text)) == 1 and text.lower() not in {label.lower() for label in right_labels(example)}
+
+
+def right_labels(example):
+    """The true labels as they are written."""
+    return parse_labels(truth_of(example))
+
+
+def listed(example):
+    """The option letters that a question lists, if its true answer is one of them; else none."""
+    letters, offered = parse_letters(truth_of(example)) or set(), offered_letters(example.problem)
+    return offered if len(letters) == 1 < len(offered) and letters <= offered else set()
+
+
+def right_answer(example):
+    """The one right answer: a letter in capitals where the question lists options."""
+    truth = truth_of(example)
+    return sorted(parse_letters(truth)) if listed(example) else [truth]
+
+
+def wrong_answer(text, example):
+    """Whether a text could be mistaken for the answer and is wrong: another listed letter, another value alike."""
+    if options := listed(example):
+        return text in options and text not in right_answer(example)
+    return not math_accuracy(text, truth_of(example)) and not math_accuracy(truth_of(example), text)
+
+
+def invent_answers(example, rng):
+    """The other letters of listed options; "no" for "yes"; else the truth with one of its numbers changed."""
+    truth = truth_of(example)
+    if options := listed(example):
+        return sorted(options)
+    numbers = list(INSIDE.finditer(truth))
+    if not numbers:
+        return {"yes": ["no"], "no": ["yes"]}.get(truth.lower(), [])
+    number = rng.choice(numbers)
+    return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), rng)]
+
+
+def near_numbers(whole, decimals, rng):
+    """Three numbers near "whole.decimals", written as it is: "0.7" -> "0.9", "0.6", "0.5".
+
+    Drawn from a window around the truth, placed at random: or else the middle one of four would be the likely one.
+    """
+    places, texts = len(decimals or ""), []
+    value = int(whole.replace(",", "") + (decimals or ""))                  # in units of the last decimal
+    spread = min(1000, max(4, value // 5))
+    start = max(0 if not places else 1, value - rng.randint(0, spread))
+    for n in rng.sample(range(start, start + spread), 3):
+        high, low = divmod(n + (n >= value), 10**places)                    # never the truth itself
+        texts.append((f"{high:,}" if "," in whole else str(high)) + (f".{low:0{places}}" if places else ""))
+    return texts
+
+
+# ---- Checks: what is wrong with a truth, as a sentence, or nothing ----
+
+def binary_fault(example, original):
+    """A truth that is neither yes nor no."""
+    if parse_verdict(truth := truth_of(example)) is None:
+        return f"the truth {truth[:80]!r} of a binary row is neither yes nor no."
+
+
+def choice_fault(example, original):
+    """A truth that is not among the letters that the question offers."""
+    if not (parse_letters(truth := truth_of(example)) or {"?"}) <= offered_letters(example.problem):
+        return f"the truth {truth[:80]!r} of a choice row is not letters of options in the problem."
+
+
+def classify_fault(example, original):
+    """A truth without a label."""
+    if not parse_labels(truth := truth_of(example)):
+        return f"the truth {truth[:80]!r} holds no label."
+
+
+def detection_fault(example, original):
+    """A truth that is no boxes, or boxes that leave the image of `original` (width, height) by more than rounding."""
+    boxes = parse_boxes(truth := truth_of(example))
+    if boxes is None:
+        return (f'the truth {truth[:80]!r} is neither "no objects" nor JSON boxes, [{{"bbox_2d": [x1, y1, x2, y2]}}] '
+                "with x1 < x2 and y1 < y2, 64 at most.")
+    for box in boxes:
+        if min(box) < -1 or box[2] > original[0] + 1 or box[3] > original[1] + 1:
+            return f"the box {list(box)} leaves the image of {original[0]} x {original[1]} pixels."
+
+
+# ---- The records ----
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """All that depends on a task (or on a closed form). Only `accuracy` must be given."""
+    accuracy: Callable                                  # (answer, truth, **settings) -> [0, 1]; 1: exactly right
+    rule: str = ""                                      # the last words of the prompt: how to answer
+    readable: Callable = bool                           # answer -> whether it earns the format reward
+    fault: Callable = lambda example, original: None    # (example, image size) -> what is wrong with its truth
+    spell: Callable = truth_of                          # example -> an answer that is exactly right: what SFT teaches
+    boxes: bool = False                                 # texts hold boxes in pixels, which are resized with the image
+    needs_image: bool = False
+    # the derived forms; a task without `right` has none
+    right: Callable | None = None                       # example -> the right answers, each of which an option may show
+    wrong: Callable | None = None                       # (text, example) -> could be taken for one, and is none
+    invent: Callable = lambda example, rng: ()          # (example, rng) -> texts to try where other rows lend none
+    ask: Callable = lambda example, text: f"{example.problem}\nIs the answer {text}?"
+    choose: Callable = lambda example: f"{example.problem}\nWhich of these is right?"
+    most: int = 1                                       # right options of a choice question at most
+
+
+CLOSED = {
+    "binary": Task(accuracy=binary_accuracy, fault=binary_fault, rule="Answer exactly yes or no."),
+    "choice": Task(accuracy=choice_accuracy, fault=choice_fault,
+                   rule="Answer with only the letter, or all right letters if several options are right."),
+}
+TASKS = {
+    "detection": Task(
+        accuracy=detection_accuracy, fault=detection_fault, boxes=True, needs_image=True,
+        rule='Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
+        readable=lambda answer: parse_boxes(answer) is not None,
+        right=right_boxes, wrong=wrong_box, invent=invent_boxes,
+        ask=lambda example, text: f"{example.problem}\nIs {text} the right box?" if text.startswith("[") else
+        f"{example.problem}\nIs the answer {text}?"),
+    "classify": Task(
+        accuracy=classify_accuracy, fault=classify_fault, rule="Answer with the labels, separated by commas.",
+        right=right_labels, wrong=wrong_label, most=3,
+        ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
+        choose=lambda example: "Which of these are there?"),
+    "math": Task(accuracy=math_accuracy, right=right_answer, wrong=wrong_answer, invent=invent_answers),
+    "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
+}
+
+
+def kind(example):
+    """The record that an example's answer is asked for and paid by: its form's, or of an open question its task's."""
+    return CLOSED[example.form] if example.form in CLOSED else TASKS[example.task]
