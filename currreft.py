@@ -207,17 +207,15 @@ def group_advantages(rewards):
     return torch.where(equal, 0.0, centered / (rewards.std(-1, keepdim=True) + 1e-4))
 
 
-def token_logps(model, batch, bias, temperature=1.0):
+def token_logps(model, packed, bias, temperature=1.0):
     """log pi(o_t | q, o_<t) of every completion token: (R, T) float32, 0 on padding.
 
-    batch: engine.Packed. bias (V,): engine.forbidden_bias. The distribution is softmax(logits / temperature) without
+    packed: engine.Packed. bias (V,): engine.forbidden_bias. The distribution is softmax(logits / temperature) without
     the forbidden tokens, the one that was sampled. Policy, old policy and reference all come from this function.
     """
-    hidden = packed_hidden(model, batch)  # (N, H)
-    targets = batch.input_ids[len(batch.prompt_real):]
-    logps = SelectedLogps.apply(hidden[batch.predictor], model.lm_head.weight, targets, bias, temperature)
-    flat = logps.new_zeros(batch.mask.numel()).scatter(0, batch.completion_real, logps)
-    return flat.view_as(batch.mask)
+    hidden = packed_hidden(model, packed)  # (N, H)
+    logps = SelectedLogps.apply(hidden[packed.predictors], model.lm_head.weight, packed.targets, bias, temperature)
+    return logps.new_zeros(packed.mask.numel()).scatter(0, packed.completion_slots, logps).view_as(packed.mask)
 
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2, num_completions=None):

@@ -1,8 +1,8 @@
 """The model's two fast forward passes: one prompt shared by its G completions, and one captured decode step.
 
-1. `Packed` + `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie in one
-   row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion attends to
-   its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate, padded rows.
+1. `pack`, `Packed`, `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie
+   in one row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion
+   attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate, padded rows.
 2. `Engine`: prompts are prefilled once and copied into the slots of a preallocated cache; every decode step is tensor
    work on fixed memory without a word from the host, so that on CUDA it is captured as one graph and replayed.
 
@@ -38,6 +38,12 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     return attach_attention(model.to(device).eval()), Processor.from_pretrained(path, max_pixels)
 
 
+# What this file puts where transformers does not expect it: two attention functions under names of their own; a Packed
+# row as the attention mask of the text model, which hands it to our function unread; `cu_seq_lens_q.windows`, the vision
+# tower's tables, made once a forward pass; a Cache with an `update` of its own; `model.engine`, the rollout engine, kept
+# from call to call because its memory and graphs hold this model's addresses (weights only ever change in place).
+
+
 def attach_attention(model):
     """Let a Qwen2.5-VL attend by this file's two functions; returns the model."""
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -54,26 +60,106 @@ def attach_attention(model):
 
 @dataclass
 class Packed:
-    """Prompts and their completions as one row of N real tokens: all prompts first, then all completions."""
+    """Prompts and their completions as one row of N real tokens: all prompts first, then all completions.
 
-    input_ids: torch.Tensor        # (N,)
-    position_ids: torch.Tensor     # (3, N) time, height, width; a completion continues from its own prompt's end
-    prompt_index: torch.Tensor     # (B, P) where in the row each prompt token lies, 0 where padded
-    prompt_real: torch.Tensor      # (tokens of prompts,) flat places in (B, P) that are not padding
-    completion_index: torch.Tensor # (R, T) where in the row each completion token lies, 0 where padded
-    completion_real: torch.Tensor  # (tokens of completions,) flat places in (R, T) that are not padding
-    group: torch.Tensor            # (R,) the prompt of each completion
-    attend: torch.Tensor           # (R, 1, T * repeats, P + T) 0 where a completion token sees a prompt or own token,
-                                   # else -inf; a line for each of the query heads that share keys; R = 1 for one prompt
-    predictor: torch.Tensor        # (tokens of completions,) where the token lies whose output predicts each of them
-    mask: torch.Tensor             # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
-    pixel_values: torch.Tensor | None = None  # (patches, 1176)
+    The row has *places* 0 .. N-1 and no padding. Attention wants rectangles: a table of prompts (B, P) and one of
+    completions (R, T), whose *slots* are numbered line by line. A place says where in the row a slot's token lies, a
+    slot where in its table a token of the row goes; padded slots point at some place that nobody reads.
+
+    Two prompts, "a b c" and "d e", with two completions each, "f g" and "h", "i" and "j k":
+
+        place               0 1 2 3 4 5 6 7 8 9 10        N = 11
+        input_ids           a b c d e f g h i j k
+        position_ids        0 1 2 0 1 3 4 3 2 2 3         on each of the three axes: no images here
+        prompt_places       [[0 1 2], [3 4 .]]            B = 2, P = 3
+        prompt_slots        0 1 2 3 4                     slot 5 is padding
+        completion_places   [[5 6], [7 .], [8 .], [9 10]] R = 4, T = 2
+        completion_slots    0 1 2 4 6 7                   slots 3 and 5 are padding
+        prompt_of           0 0 1 1                       f g and h belong to prompt 0
+        predictors          2 5 2 4 4 9                   f is predicted where c lies, g where f lies, h where c ..
+        mask                [[1 1], [1 0], [1 0], [1 1]]
+        attend[2], of "i"   [[0 0 - 0 -],                 columns d e . | i and a padded slot; "-" is minus infinity
+                             [0 0 - 0 0]]                 the line of a padded slot is computed and thrown away
+    """
+
+    input_ids: torch.Tensor         # (N,)
+    position_ids: torch.Tensor      # (3, N) time, height, width; a completion continues from its own prompt's end
+    prompt_places: torch.Tensor     # (B, P)
+    prompt_slots: torch.Tensor      # (tokens of prompts,)
+    completion_places: torch.Tensor # (R, T)
+    completion_slots: torch.Tensor  # (tokens of completions,)
+    prompt_of: torch.Tensor         # (R,) the prompt of each completion
+    predictors: torch.Tensor        # (tokens of completions,) the place whose output predicts each of them
+    mask: torch.Tensor              # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
+    attend: torch.Tensor            # (R, 1, T * repeats, P + T) 0 where a completion's token sees one of its prompt's or
+                                    # its own, else -inf; a line for each of the query heads that share keys; R is 1 for
+                                    # a single prompt, whose completions all see alike
+    pixel_values: torch.Tensor | None = None    # (patches, 1176)
     image_grid_thw: torch.Tensor | None = None  # (images, 3)
-    features: torch.Tensor | None = None  # (image tokens, H) instead of pixels, where the vision tower is frozen
+    features: torch.Tensor | None = None        # (image tokens, H) instead of pixels, where the vision tower is frozen
+
+    @property
+    def targets(self):
+        """(tokens of completions,) ids of what `predictors` predict."""
+        return self.input_ids[len(self.prompt_slots):]
 
     def to(self, device):
         """The same row with every tensor on `device`."""
         return Packed(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+
+def pack(model, prompts, completions):
+    """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
+
+    A group without completions is prefilled only. A prompt's `features`, where it has them, are used in place of its
+    pixels. Works on the CPU; move the result with .to(device).
+    """
+    flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
+    prompt_of = torch.tensor([b for b, group in enumerate(completions) for _ in group], dtype=torch.long)
+    prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts])
+    prompt_places, prompt_slots = rectangle(prompt_lengths, 0)
+    completion_lengths = torch.tensor([len(tokens) for tokens in flat], dtype=torch.long)
+    completion_places, completion_slots = rectangle(completion_lengths, int(prompt_lengths.sum()))
+    prompt_ends = prompt_lengths.cumsum(0) - 1  # the place that predicts a first token
+    before = torch.cat([prompt_ends[prompt_of][:, None], completion_places], 1)[:, :-1]  # (R, T)
+    positions = [prompt_positions(model, p) for p in prompts]
+    continued = [positions[b].max() + 1 + torch.arange(len(tokens)).expand(3, -1) for b, tokens in zip(prompt_of, flat)]
+    images = [p for p in prompts if p.pixel_values is not None]
+    features = [p.features for p in images if p.features is not None]
+    return Packed(
+        input_ids=torch.cat([p.input_ids for p in prompts] + flat),
+        position_ids=torch.cat(positions + continued, 1),
+        prompt_places=prompt_places, prompt_slots=prompt_slots,
+        completion_places=completion_places, completion_slots=completion_slots, prompt_of=prompt_of,
+        predictors=before.flatten()[completion_slots],
+        mask=(torch.arange(completion_places.shape[1]) < completion_lengths[:, None]).float(),
+        attend=visibility(model, prompt_lengths, prompt_of, completion_places.shape[1]),
+        pixel_values=torch.cat([p.pixel_values for p in images]) if images and not features else None,
+        image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None,
+        features=torch.cat(features) if features else None)
+
+
+def rectangle(lengths, start):
+    """Runs of consecutive places, one a line: lengths [2, 1], start 5 -> places [[5, 6], [7, 1]], slots [0, 1, 2].
+
+    Padded slots point at the place of their column, each at another one: attention never lets them be seen, and the
+    backward pass of indexing adds up what points at one place one by one.
+    """
+    column = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    real = column < lengths[:, None]
+    first = start + lengths.cumsum(0) - lengths
+    return torch.where(real, first[:, None] + column, column), real.flatten().nonzero()[:, 0]
+
+
+def visibility(model, prompt_lengths, prompt_of, T):
+    """Packed.attend: a completion's token sees all of its prompt, and of its own completion itself and what is before."""
+    P, causal = int(prompt_lengths.max()), torch.ones(T, T, dtype=torch.bool).tril()
+    whose = prompt_of if len(prompt_lengths) > 1 else slice(1)
+    in_prompt = (torch.arange(P) < prompt_lengths[:, None])[whose][:, None].expand(-1, T, -1)  # (R, T, P)
+    sees = torch.cat([in_prompt, causal.expand(len(in_prompt), T, T)], dim=2)
+    attend = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, float("-inf"))
+    text = model.config.text_config
+    return attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)[:, None]
 
 
 def prompt_positions(model, prompt):
@@ -84,53 +170,6 @@ def prompt_positions(model, prompt):
         prompt.position_ids = model.model.get_rope_index(
             ids, mm_token_type_ids=types, image_grid_thw=prompt.image_grid_thw)[0][:, 0]
     return prompt.position_ids
-
-
-def _padded_index(lengths, start):
-    """Consecutive runs as a padded table: lengths [2, 1], start 5 -> index [[5, 6], [7, 0]], real [[1, 1], [1, 0]]."""
-    lengths = torch.tensor(lengths, dtype=torch.long)
-    column = torch.arange(int(lengths.max()) if len(lengths) else 0)
-    real = column < lengths[:, None]
-    first = start + lengths.cumsum(0) - lengths
-    return torch.where(real, first[:, None] + column, 0), real
-
-
-def pack(model, prompts, completions):
-    """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
-
-    A group without completions is prefilled only. A prompt's `features` (image tokens, H), where it has them, are used
-    in place of its pixels. Works on the CPU; move the result with .to(device).
-    """
-    flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
-    prompt_lengths = [len(p.input_ids) for p in prompts]
-    positions = [prompt_positions(model, p) for p in prompts]
-    group = torch.tensor([b for b, rows in enumerate(completions) for _ in rows], dtype=torch.long)
-
-    prompt_index, prompt_real = _padded_index(prompt_lengths, 0)
-    completion_index, completion_real = _padded_index([len(c) for c in flat], sum(prompt_lengths))
-    T = completion_index.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    whose = group if len(prompts) > 1 else slice(1)  # completions of one prompt all see alike: one mask for all
-    seen = prompt_real[whose][:, None].expand(-1, T, -1)
-    sees = torch.cat([seen, causal.expand(len(seen), T, T)], dim=2)
-    attend = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, float("-inf"))
-    text = model.config.text_config
-    attend = attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)
-    prompt_end = prompt_index[group, torch.tensor(prompt_lengths)[group] - 1]  # (R,) predicts the first token
-    before = torch.cat([prompt_end[:, None], completion_index], 1)[:, :-1]
-
-    images = [p for p in prompts if p.pixel_values is not None]
-    features = [p.features for p in images if p.features is not None]
-    return Packed(
-        input_ids=torch.cat([p.input_ids for p in prompts] + flat),
-        position_ids=torch.cat(
-            positions + [positions[b].max() + 1 + torch.arange(len(c)).expand(3, -1) for b, c in zip(group, flat)], 1),
-        prompt_index=prompt_index, prompt_real=prompt_real.flatten().nonzero()[:, 0],
-        completion_index=completion_index, completion_real=completion_real.flatten().nonzero()[:, 0],
-        group=group, attend=attend[:, None], predictor=before[completion_real], mask=completion_real.float(),
-        pixel_values=torch.cat([p.pixel_values for p in images]) if images and not features else None,
-        image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None,
-        features=torch.cat(features) if features else None)
 
 
 def image_features(model, pixel_values, image_grid_thw):
@@ -157,21 +196,22 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
 
     query (1, heads, N, D), key and value (1, kv_heads, N, D). Returns ((1, N, heads, D), None), as transformers asks.
     """
-    row, heads, kv_heads = attention_mask, query.shape[1], key.shape[1]
+    packed, heads, kv_heads = attention_mask, query.shape[1], key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D), (N, kv_heads, D)
 
-    k_prompt, v_prompt = (x[row.prompt_index].transpose(1, 2) for x in (key, value))  # (B, kv_heads, P, D)
+    k_prompt, v_prompt = (x[packed.prompt_places].transpose(1, 2) for x in (key, value))  # (B, kv_heads, P, D)
+    q = query[packed.prompt_places].transpose(1, 2)  # (B, heads, P, D)
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k_prompt, v_prompt))
-    out = F.scaled_dot_product_attention(query[row.prompt_index].transpose(1, 2), k, v, is_causal=True, scale=scaling)
-    out = out.transpose(1, 2).flatten(0, 1)[row.prompt_real]  # (tokens of prompts, heads, D)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    out = out.transpose(1, 2).flatten(0, 1)[packed.prompt_slots]  # (tokens of prompts, heads, D)
 
-    if len(row.group):  # query heads that share keys become lines of one query, so that keys are not copied for each
-        q = query[row.completion_index].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
-        k, v = (torch.cat([prompt[row.group], own[row.completion_index].transpose(1, 2)], 2)
+    if len(packed.prompt_of):  # query heads that share keys become lines of one query: keys are not copied for each
+        q = query[packed.completion_places].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+        k, v = (torch.cat([prompt[packed.prompt_of], own[packed.completion_places].transpose(1, 2)], 2)
                 for prompt, own in ((k_prompt, key), (v_prompt, value)))  # (R, kv_heads, P + T, D)
-        own = F.scaled_dot_product_attention(q, k, v, attn_mask=row.attend, scale=scaling)
+        own = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.attend, scale=scaling)
         own = own.unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3)  # (R, T, heads, D)
-        out = torch.cat([out, own.flatten(0, 1)[row.completion_real]])
+        out = torch.cat([out, own.flatten(0, 1)[packed.completion_slots]])
     return out[None], None
 
 
@@ -183,13 +223,14 @@ def windowed_attention(module, query, key, value, attention_mask, scaling, cu_se
     the boundaries.
     """
     if not hasattr(cu_seq_lens_q, "windows"):  # the host reads the boundaries once a forward, not once a layer
-        index, real = _padded_index(cu_seq_lens_q.diff().tolist(), 0)
+        lengths = cu_seq_lens_q.diff().cpu()
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
         mask = None if real.all() else real[:, None, None].to(query.device)
-        cu_seq_lens_q.windows = index.to(query.device), real.flatten().nonzero()[:, 0].to(query.device), mask
-    index, real, mask = cu_seq_lens_q.windows
-    query, key, value = (x[0].transpose(0, 1)[index].transpose(1, 2) for x in (query, key, value))
+        cu_seq_lens_q.windows = *(x.to(query.device) for x in rectangle(lengths, 0)), mask
+    places, slots, mask = cu_seq_lens_q.windows
+    query, key, value = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).flatten(0, 1)[real][None], None
+    return out.transpose(1, 2).flatten(0, 1)[slots][None], None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,9 +299,9 @@ class Completion:
 
     tokens: list        # token ids
     logps: torch.Tensor # (len(tokens),) float32, of the tempered distribution (of the plain one when greedy)
-    entropy: torch.Tensor  # (len(tokens),) float32, of that distribution in nats, before top_p
     truncated: bool     # no end token within the allowed length
     text: str           # decoded, without special tokens
+    entropy: torch.Tensor | None = None  # (len(tokens),) float32, nats, of the distribution of `logps`, before top_p
 
 
 class Cache:
@@ -307,14 +348,14 @@ class Engine:
         self.cos, self.sin = cos[0, :, None], torch.cat([-low, high], -1)[0, :, None]  # (L, 1, D)
         self.graphs, self.pool, self.side = {}, None, torch.cuda.Stream() if self.capture else None
 
-        def table(*shape, dtype=torch.long):
+        def zeros(*shape, dtype=torch.long):
             return torch.zeros(*shape, dtype=dtype, device=device)
         # A row that nobody owns is decoded all the same: its one slot of zeros keeps it finite.
-        self.prompt_length, self.offset, self.count = table(rows), table(rows), table(rows) + 1
+        self.prompt_length, self.offset, self.count = zeros(rows), zeros(rows), zeros(rows) + 1
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         # One column more than is ever read: a finished row writes there, so that no step needs a condition.
-        self.tokens = table(rows, max_new + 1)
-        self.logps, self.entropy, self.uniform = (table(rows, max_new + 1, dtype=torch.float32) for _ in range(3))
+        self.tokens = zeros(rows, max_new + 1)
+        self.logps, self.entropy, self.uniform = (zeros(rows, max_new + 1, dtype=torch.float32) for _ in range(3))
 
     # -- one decode step: fixed memory, no host sync ------------------------------------------------------------------
 
@@ -433,8 +474,8 @@ class Engine:
         for i, row in enumerate(ended):
             (number, sample), ids = owner[row], tokens[i][:count[row]]
             results[number][sample] = Completion(
-                ids, logps[i, :count[row]].clone(), entropy[i, :count[row]].clone(),
-                ids[-1] not in self.processor.end_ids, self.processor.decode(ids))
+                ids, logps[i, :count[row]].clone(), ids[-1] not in self.processor.end_ids, self.processor.decode(ids),
+                entropy[i, :count[row]].clone())
             owner[row] = None
             if on_finish and all(results[number]):
                 on_finish(number, results[number])
@@ -447,9 +488,9 @@ class Engine:
         while n > 1 and 2 * len(live) <= n:
             n //= 2
         keep = live + [row for row in range(len(owner)) if owner[row] is None][:n - len(live)]
-        for table in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.entropy,
+        for state in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.entropy,
                       self.uniform):
-            table[:n] = table[keep]
+            state[:n] = state[keep]
         used = int((self.prompt_length + self.count)[:n].max())
         for layer in range(len(self.cache.keys)):  # a layer at a time: the copy stays small
             for cache in (self.cache.keys[layer], self.cache.values[layer]):
