@@ -46,6 +46,8 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
 
 def attach_attention(model):
     """Let a Qwen2.5-VL attend by this file's two functions; returns the model."""
+    # On Hopper SDPA would take cuDNN first, which builds a plan for every new shape: nearly every group has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
     AttentionInterface.register("windowed_flash", windowed_attention)
     # Set on the configs and not asked for at loading, where transformers would look for such a flash kernel on the hub.
@@ -503,8 +505,12 @@ class Engine:
 
 
 def rms_norm(norm, x):
-    """x / sqrt(mean(x^2) + eps) * weight, in one kernel."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    """x / sqrt(mean(x^2) + eps) * weight, rounded before the weight and after it, as Qwen's own norm rounds.
+
+    With the weight inside the kernel there would be one rounding less, and in bfloat16 a quarter of the numbers would
+    differ from those of the scoring pass after every norm.
+    """
+    return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon)
 
 
 def qkv(layer, x, rotation):
