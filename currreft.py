@@ -226,7 +226,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
 
     logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the
     whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the step is split.
-    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}).
+    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), tensors all:
+    the host waits for none of them before the step is done.
     """
     A = advantages[:, None]  # (R, 1)
     ratio = (logp - logp_old).exp()  # (R, T)
@@ -239,7 +240,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
     loss = -per_completion.sum() / (num_completions or len(logp))
     clipped = (ratio * A > surrogate) * mask  # tokens whose gradient the clip cuts off
     sums = {"kl": kl.detach() * mask, "clipped": clipped, "tokens": mask}
-    return loss, {name: value.sum().item() for name, value in sums.items()}
+    return loss, {name: value.sum() for name, value in sums.items()}
 
 
 def sft_loss(logp, mask, num_tokens):
@@ -323,14 +324,15 @@ def update(run, stage, step, groups):
                     logp_ref = token_logps(run.reference, packed, run.bias, cfg.temperature) if cfg.beta else None
                 scored[m] = logp.detach(), logp_ref
                 sampled = torch.cat([o.logps for group in batch for o in group.completions]).to(logp.device)
-                sums["logp_gap"] += (logp.detach()[packed.mask.bool()] - sampled).abs().sum().item()
+                at_tokens = logp.detach().flatten()[packed.completion_slots]
+                sums["logp_gap"] += (at_tokens - sampled).abs().sum()
             advantages = torch.cat([group.advantages for group in batch]).to(logp.device)  # (R,)
             loss, token_sums = grpo_loss(logp, *scored[m], advantages, packed.mask, cfg.beta, cfg.epsilon,
                                          cfg.prompts_per_step * cfg.num_generations)
             loss.backward()
             sums.update(token_sums)
         run.optimizer_step(stage, step, cfg.lr)
-    return sums
+    return {name: value.item() for name, value in sums.items()}
 
 
 def statistics(groups, sums):
@@ -364,9 +366,9 @@ def sft_step(run, stage, step):
         packed = run.pack(prompts[i:i + cfg.micro_batch], [[a] for a in answers[i:i + cfg.micro_batch]]).to(run.device)
         loss = sft_loss(token_logps(run.policy, packed, run.bias), packed.mask, num_tokens)
         loss.backward()
-        loss_sum += loss.item() * num_tokens
+        loss_sum += loss.detach() * num_tokens
     run.optimizer_step(stage, step, cfg.sft_lr)
-    return {"loss": (loss_sum, sum(map(len, answers)))}, {"update": time.perf_counter() - started}
+    return {"loss": (loss_sum.item(), sum(map(len, answers)))}, {"update": time.perf_counter() - started}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

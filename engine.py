@@ -12,6 +12,7 @@ H hidden size, V vocabulary, L slots of a cache row.
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
 
 
 def attach_attention(model):
-    """Let a Qwen2.5-VL attend by this file's two functions; returns the model."""
+    """Let a Qwen2.5-VL attend by this file's two functions, and norm by its third; returns the model."""
     # On Hopper SDPA would take cuDNN first, which builds a plan for every new shape: nearly every group has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -53,6 +54,9 @@ def attach_attention(model):
     # Set on the configs and not asked for at loading, where transformers would look for such a flash kernel on the hub.
     model.config.text_config._attn_implementation = "shared_prefix"
     model.config.vision_config._attn_implementation = "windowed_flash"
+    for module in model.modules():  # two kernels in place of eight, in scoring and training as in decoding
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(rms_norm, module)
     return model
 
 
@@ -114,7 +118,7 @@ def pack(model, prompts, completions):
     """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
 
     A group without completions is prefilled only. A prompt's `features`, where it has them, are used in place of its
-    pixels. Works on the CPU; move the result with .to(device).
+    pixels. Works on the CPU, but for the large `attend`, which is made on the model's device; move the rest with .to.
     """
     flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
     prompt_of = torch.tensor([b for b, group in enumerate(completions) for _ in group], dtype=torch.long)
@@ -155,11 +159,11 @@ def rectangle(lengths, start):
 
 def visibility(model, prompt_lengths, prompt_of, T):
     """Packed.attend: a completion's token sees all of its prompt, and of its own completion itself and what is before."""
-    P, causal = int(prompt_lengths.max()), torch.ones(T, T, dtype=torch.bool).tril()
-    whose = prompt_of if len(prompt_lengths) > 1 else slice(1)
-    in_prompt = (torch.arange(P) < prompt_lengths[:, None])[whose][:, None].expand(-1, T, -1)  # (R, T, P)
+    whose, P, device = prompt_of if len(prompt_lengths) > 1 else slice(1), int(prompt_lengths.max()), model.device
+    lengths, causal = prompt_lengths[whose].to(device), torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    in_prompt = (torch.arange(P, device=device) < lengths[:, None])[:, None].expand(-1, T, -1)  # (R, T, P)
     sees = torch.cat([in_prompt, causal.expand(len(in_prompt), T, T)], dim=2)
-    attend = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, float("-inf"))
+    attend = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill_(~sees, float("-inf"))
     text = model.config.text_config
     return attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)[:, None]
 
@@ -201,15 +205,17 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     packed, heads, kv_heads = attention_mask, query.shape[1], key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D), (N, kv_heads, D)
 
-    k_prompt, v_prompt = (x[packed.prompt_places].transpose(1, 2) for x in (key, value))  # (B, kv_heads, P, D)
-    q = query[packed.prompt_places].transpose(1, 2)  # (B, heads, P, D)
+    alone, P = len(packed.prompt_places) == 1, packed.prompt_places.shape[1]  # one prompt: slices in place of gathers
+    q, k_prompt, v_prompt = ((x[None, :P] if alone else x[packed.prompt_places]).transpose(1, 2)
+                             for x in (query, key, value))  # (B, heads or kv_heads, P, D)
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k_prompt, v_prompt))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     out = out.transpose(1, 2).flatten(0, 1)[packed.prompt_slots]  # (tokens of prompts, heads, D)
 
     if len(packed.prompt_of):  # query heads that share keys become lines of one query: keys are not copied for each
         q = query[packed.completion_places].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
-        k, v = (torch.cat([prompt[packed.prompt_of], own[packed.completion_places].transpose(1, 2)], 2)
+        k, v = (torch.cat([prompt.expand(len(q), -1, -1, -1) if alone else prompt[packed.prompt_of],
+                           own[packed.completion_places].transpose(1, 2)], 2)
                 for prompt, own in ((k_prompt, key), (v_prompt, value)))  # (R, kv_heads, P + T, D)
         own = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.attend, scale=scaling)
         own = own.unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3)  # (R, T, heads, D)

@@ -1,7 +1,9 @@
 """The engine against plain transformers: the same numbers, whatever is packed, padded, cached or refilled."""
 
+import contextlib
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine
-from currreft import token_logps
+from currreft import grpo_loss, token_logps
 from data import Prompt, UserError, find_files, load_examples
 from engine import forbidden_bias, generate, inverse_cdf, load_policy, pack
 
@@ -228,6 +230,70 @@ def test_a_decode_step_never_waits_for_its_numbers(world, temperature, top_p):
     assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "repeat_interleave"}
     assert [t.data_ptr() for t in fixed] == before
     assert {"index_put_", "cumsum" if temperature else "argmax"} <= called, "the recorder must see the step"
+
+
+@pytest.mark.parametrize("which, most", [("text alone", 0), ("images", 12)])
+def test_an_update_waits_for_the_device_a_few_times_at_most(world, which, most):
+    """Scoring, loss and backward of one micro-batch: the host reads nothing but the vision tower's window boundaries."""
+    policy, processor, _, prompts = world
+    (prompt, *_) = [p for p in prompts if (p.pixel_values is None) == (which == "text alone")]
+    packed, bias = pack(policy, [prompt], [[[1, 2, 3], [4]]]), forbidden_bias(policy, processor)
+    read = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            read.extend([name] if (name := function.overloadpacket.__name__) in
+                        ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive") else [])
+            return function(*args, **(kwargs or {}))
+    with Record():
+        logp = token_logps(policy, packed, bias)
+        loss, sums = grpo_loss(logp, logp.detach(), logp.detach(), torch.ones(2), packed.mask)
+        loss.backward()
+    policy.zero_grad()
+    assert len(read) <= most and all(isinstance(value, torch.Tensor) for value in sums.values()), read
+
+
+class PretendedGraph:
+    """What torch.cuda's graphs promise, on a CPU: capturing runs nothing, replaying runs what was captured."""
+
+    def __init__(self, decoder):
+        self.decoder, self.work = decoder, None
+
+    def __enter__(self):
+        self.before = [t.clone() for t in self.state()]
+
+    def __exit__(self, *_):
+        for tensor, value in zip(self.state(), self.before):
+            tensor.copy_(value)
+
+    def state(self):
+        d = self.decoder
+        return d.cache.keys, d.cache.values, d.tokens, d.logps, d.entropy, d.count, d.done
+
+    def replay(self):
+        self.decoder._decode(*next(key for key, graph in self.decoder.graphs.items() if graph is self))
+
+    def pool(self):
+        return "pool"
+
+
+def test_captured_steps_lose_and_double_none(world, monkeypatch):
+    """Over refills and compaction, a pretended graph samples token for token what the eager loop samples."""
+    policy, processor, _, prompts = world
+    lengths = [len(p.input_ids) for p in prompts]
+    seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
+    eager = engine.Engine(policy, processor, max(lengths) + 40, 8, 40, capture=False).run(prompts, lengths, seeds)
+    captured = engine.Engine(policy, processor, max(lengths) + 40, 8, 40, capture=False)
+    captured.capture, captured.side = True, contextlib.nullcontext()
+    captured.side.wait_stream = lambda _: None
+    current = types.SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: side)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: PretendedGraph(captured))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    groups = captured.run(prompts, lengths, seeds)
+    assert len(captured.graphs) > 2, "several widths and lengths must have been captured"
+    assert [[o.tokens for o in group] for group in groups] == [[o.tokens for o in group] for group in eager]
 
 
 def test_greedy_generation_is_that_of_transformers(world):
