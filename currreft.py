@@ -51,7 +51,7 @@ from run import Run, Stopped, prepare_out, write_aside
 from sample import Judge, kept_examples, rejection_sample
 from tasks import TASKS
 from tools.card import write_cards
-from tools.check import check_memory, memory_needed
+from tools.memory import check_memory, memory_needed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
@@ -415,8 +415,9 @@ def begin(cfg):
     processor = Processor.from_pretrained(cfg.model, cfg.max_pixels)
     examples = {name: refuse_long_prompts(cfg, processor, rows) for name, rows in examples.items()}
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
-    check_memory(memory_needed(transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False), cfg,
-                               world()[1]), say)
+    longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
+    config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    check_memory(memory_needed(config, cfg, world()[1], longest))
     return Run(cfg, device, examples, tests, questions)
 
 

@@ -99,6 +99,7 @@ class Processor:
         self.end_ids = tuple(ids[:2])                   # a completion ends at the first of either
         self.pad_id = ids[1]                            # also an end token, so masks go by position, never by pad_id
         self.image_token_id, self.vision_ids = ids[2], ids[2:]
+        self.lengths = {}                               # example -> tokens of its prompt, as far as known
 
     @classmethod
     def from_pretrained(cls, path, max_pixels: int = MAX_PIXELS) -> "Processor":
@@ -162,13 +163,15 @@ class Processor:
         return ids
 
     def prompt_length(self, example: Example) -> int:
-        """Tokens of the prompt, image tokens included, read off the images' headers alone."""
-        length = len(self._unexpanded(example))
-        for path in example.images:
-            with Image.open(path) as image:
-                width, height = model_size(image.size, self.image_processor.size["longest_edge"])
-            length += width * height // 784 - 1
-        return length
+        """Tokens of the prompt, image tokens included, read off the images' headers alone, once."""
+        if example not in self.lengths:
+            length = len(self._unexpanded(example))
+            for path in example.images:
+                with Image.open(path) as image:
+                    width, height = model_size(image.size, self.image_processor.size["longest_edge"])
+                length += width * height // 784 - 1
+            self.lengths[example] = length
+        return self.lengths[example]
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a response, <|im_end|> last. Special tokens spelled out in `text` stay ordinary text."""

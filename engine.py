@@ -231,14 +231,18 @@ def windowed_attention(module, query, key, value, attention_mask, scaling, cu_se
     the boundaries.
     """
     if not hasattr(cu_seq_lens_q, "windows"):  # the host reads the boundaries once a forward, not once a layer
-        lengths = cu_seq_lens_q.diff().cpu()
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        mask = None if real.all() else real[:, None, None].to(query.device)
-        cu_seq_lens_q.windows = *(x.to(query.device) for x in rectangle(lengths, 0)), mask
+        cu_seq_lens_q.windows = [x if x is None else x.to(query.device) for x in windows(cu_seq_lens_q)]
     places, slots, mask = cu_seq_lens_q.windows
     query, key, value = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).flatten(0, 1)[slots][None], None
+
+
+def windows(boundaries):
+    """(places, slots, mask) of windows whose boundaries are (windows + 1,): a rectangle; no mask if all are of one size."""
+    lengths = boundaries.diff().cpu()
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    return *rectangle(lengths, 0), None if real.all() else real[:, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

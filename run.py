@@ -87,7 +87,7 @@ class Run:
         self.policy.model.visual.requires_grad_(not self.cfg.freeze_vision)
         if self.cfg.checkpoint_activations:  # only acts in train mode, which only the update uses
             enable = getattr(self.policy, "activation_checkpointing_enable", None)  # newer name
-            (enable or self.policy.gradient_checkpointing_enable)({"use_reentrant": False})
+            (enable or self.policy.gradient_checkpointing_enable)({"use_reentrant": False, "preserve_rng_state": False})
 
     def load_reference(self, stage):
         """The KL reference of a stage, frozen: the policy at its start, or the base (--reference); none if beta is 0."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tools.rehearse import real_config
 from tools.tiny import tiny_checkpoint, tiny_data
 
 import currreft
@@ -23,7 +22,6 @@ from currreft import Config, Stage, group_advantages, grpo_loss, main
 from data import batch_indices, load_data
 from distributed import RunError, ShardedAdamW, UserError
 from run import latest_checkpoint, learning_rate, seed_from
-from tools.check import check_memory, memory_needed
 
 HERE = Path(__file__).parent
 
@@ -596,31 +594,6 @@ def test_user_error_is_no_traceback(uninterrupted, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a run
-
-
-def test_memory_of_the_real_3b_configuration():
-    """3,754,622,976 parameters, the tied head counted once."""
-    config = transformers.Qwen2_5_VLConfig(**real_config())
-    cfg = Config(data="d", dtype="bfloat16", checkpoint_activations=True)
-    one, eight = (memory_needed(config, cfg, ranks) for ranks in (1, 8))
-    assert one["weights"] == one["gradients"] == one["reference"] == 2 * 3_754_622_976
-    assert one["optimizer"] == 12 * 3_754_622_976 and eight["optimizer"] == one["optimizer"] // 8
-    assert 68e9 < sum(one.values()) < 80e9 and sum(eight.values()) < 40e9
-    less = memory_needed(config, Config(data="d", dtype="bfloat16", beta=0.0, freeze_vision=True), 1)
-    assert less["reference"] == 0 and less["gradients"] < one["gradients"]
-    plain = memory_needed(config, Config(data="d", dtype="bfloat16"), 1)
-    assert plain["activations"] > 5 * one["activations"]
-
-
-def test_what_cannot_fit_is_refused_with_a_sentence(monkeypatch):
-    needed = {"weights": 8 * 2**30, "gradients": 0, "reference": 0, "optimizer": 0, "cache": 2**40}
-    said = []
-    check_memory(needed, said.append)
-    assert "1032.0 GiB" in said[0]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 6 * 2**30}))
-    with pytest.raises(UserError, match="8.0 GiB on each GPU, which has 6.0"):
-        check_memory(needed, said.append)
 
 
 def test_check_trains_nothing_and_shows_what_a_careful_person_would_look_at(flags, tmp_path, capsys):
