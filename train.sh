@@ -3,40 +3,31 @@
 #
 #   bash train.sh                                       the demo: about 8 minutes on 2 CPU cores, nothing else needed
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
-#   bash train.sh ablation [..]                         every row of the paper's ablation (flags of ablation.py)
+#   bash train.sh ablation [..]                         every row of the paper's ablation (flags of demo/ablation.py)
 #
 # RANKS: processes (default: the GPUs, or 1 on a CPU). THREADS: CPU threads in the demo (default 2; 1 beside other work).
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./setup.sh
+source tools/setup.sh # leaves in $PYTHON an interpreter that has the packages
 RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
-# torchrun, without its own traceback after the sentence of a rank that failed; exits with that rank's code
-torchrun=("$PYTHON" -c '
-import sys
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-try:
-    main()
-except ChildFailedError as error:
-    sys.exit(abs(error.get_first_failure()[1].exitcode))
-' --standalone --nproc_per_node "$RANKS")
+torchrun=("$PYTHON" -m tools.launch --standalone --nproc_per_node "$RANKS")
 
 if [ "${1:-}" = ablation ]; then
-    exec "$PYTHON" ablation.py "${@:2}"
+    exec "$PYTHON" -m demo.ablation "${@:2}"
 elif [ $# -gt 0 ]; then
     exec "${torchrun[@]}" currreft.py "$@"
 fi
 
 echo "== 1. Data and base model: drawn, tokenized and pre-trained here, because no GPU and no download is assumed"
-"$PYTHON" demo.py --out demo --threads "${THREADS:-2}"
+"$PYTHON" -m demo.base --out runs/demo --threads "${THREADS:-2}"
 
 echo "== 2. Curr-ReFT: binary -> choice -> open -> rejection-sampled SFT, evaluated after every stage"
-resume=$([ -f runs/demo/config.json ] && echo --resume || true)
-"${torchrun[@]}" currreft.py --model demo/base --data demo/data --out runs/demo $resume --threads "${THREADS:-2}" \
-    --stages binary:60 choice:60 open:80 reject:20 \
+resume=$([ -f runs/demo/run/config.json ] && echo --resume || true)
+"${torchrun[@]}" currreft.py --model runs/demo/base --data runs/demo/data --out runs/demo/run $resume \
+    --threads "${THREADS:-2}" --stages binary:60 choice:60 open:80 reject:20 \
     --prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 --sft_lr 1e-4 \
     --lr_schedule constant --reject_samples 4
 
 echo "== 3. Ask the trained model about a picture; the box it finds is drawn"
-"$PYTHON" sample.py answer --model runs/demo/stages/4-reject --image demo/data/images/test/0000.png --task detection \
-    --question "Where is the blue cross?" --out runs/demo/answer.png --max_completion_length 64
+"$PYTHON" sample.py answer --model runs/demo/run/stages/4-reject --image runs/demo/data/images/test/0000.png \
+    --task detection --question "Where is the blue cross?" --out runs/demo/answer.png --max_completion_length 64

@@ -1,11 +1,11 @@
 """The paper's ablation (table 3): every row at equal numbers of updates, over several seeds, with its uncertainty.
 
-    python ablation.py                                                              # the demo's world, on a CPU
-    python ablation.py --model MODEL --data DIR --out OUT --steps 600 500 2300 --reject_steps 400 --seeds 0 1 2 \\
+    python -m demo.ablation                                                         # the demo's world, on a CPU
+    python -m demo.ablation --model MODEL --data DIR --out OUT --steps 600 500 2300 --reject_steps 400 --seeds 0 1 2 \\
         --flags=--checkpoint_activations                                            # the same with a real model
 
 A row is a curriculum, and a row that is the beginning of another is read off that one's run. Everything is a command
-that anybody can run: demo.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is finished
+that anybody can run: demo/base.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is finished
 is not done again; a run that was killed is resumed. OUT gets
 
     BASE/RUN-SEED/          run directories of currreft.py, each with its predictions, checkpoints and log
@@ -35,10 +35,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import FORMS, UserError, find_files
-from pictures import bars, curves, grid, line_chart, read_metrics, wilson
+from data import FORMS, find_files
+from distributed import UserError
+from tools.pictures import bars, curves, grid, line_chart, read_metrics, wilson
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = {  # b, c, o: steps of the three forms in the curriculum; n: their sum, which every RL row takes; r: of reject
     "Base": "",
     "SFT": "sft:{n}",
@@ -70,7 +71,7 @@ class Base:
     flags: str = ""
     seeds: int = 0  # seeds of training it is run with, COMPARED rows only; 0: all of them, and all rows
     reasons: float | None = None  # how often it reasons before an open answer
-    demo: tuple = ()  # flags of demo.py
+    demo: tuple = ()  # flags of demo/base.py
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def call(words, log, threads=None):
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with open(log, "a") as file:
-        done = subprocess.run(words, cwd=HERE, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=file, text=True)
         said = log.read_text().strip()  # stderr, which ends with the sentence of a failure
         file.write(done.stdout)
@@ -141,7 +142,8 @@ def results_of(folder):
 
 def train(job, args):
     """Run or resume one job unless it is finished; UserError if it was begun with other settings."""
-    from currreft import parse_args as settings, prepare_out
+    from currreft import parse_args as settings
+    from run import prepare_out
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     words = ["--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
              *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume]
@@ -182,19 +184,19 @@ def demo_bases(args):
     wanted += [(first, weak, args.reasons[-1]) for weak in fewer] + [(seed, steps, args.reasons[0]) for seed in others]
     bases = []
     for seed, n, reasons in wanted:
-        weak, name = f"-{n}steps" if n != 500 else "", f"reasons-{reasons:g}"  # 500: demo.py's own
+        weak, name = f"-{n}steps" if n != 500 else "", f"reasons-{reasons:g}"  # 500: demo/base.py's own
         folder = Path(args.out) / f"world-{seed}{weak}"
         flags = ("--out", str(folder), "--name", name, "--seed", str(seed), "--steps", str(n),
-                 "--reasons", "0.15", "0.15", str(reasons))  # yes/no and letters: as demo.py
+                 "--reasons", "0.15", "0.15", str(reasons))  # yes/no and letters: as demo/base.py
         bases.append(Base(f"base-{seed}-{reasons:g}{weak}", str(folder / name), str(folder / "data"),
                           seeds=2 if bases else 0, reasons=reasons, demo=flags))
     return bases
 
 
 def make_bases(bases):
-    """demo.py for every base of one world, one after another; finished ones are left alone."""
+    """demo/base.py for every base of one world, one after another; finished ones are left alone."""
     for base in bases:
-        call([sys.executable, "demo.py", "--threads", "1", *base.demo], Path(f"{Path(base.model).parent}.log"), 1)
+        call([sys.executable, "-m", "demo.base", "--threads", "1", *base.demo], Path(f"{Path(base.model).parent}.log"), 1)
 
 
 def work(tasks, jobs):

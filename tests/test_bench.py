@@ -46,7 +46,8 @@ def test_our_side_of_the_comparison_trains_at_full_length(tmp_path):
     bench.write_checkpoint("demo", tmp_path)
     step, run = bench.our_step(tmp_path, bench.write_examples(tmp_path, 2, 84), 2, 5)
     before = run.policy.lm_head.weight.clone()
-    assert step(1)["tokens"] == 2 * 2 * 5, "no completion may end early"
+    stats, _ = step(1)
+    assert stats["completion_length"] == (2 * 2 * 5, 2 * 2), "no completion may end early"
     assert (run.policy.lm_head.weight != before).any()
 
 

@@ -1,24 +1,23 @@
-"""The shapes world of demo.py: what the pictures, the data set and the tokenizer promise."""
+"""The shapes world of demo/: what the pictures, the data set and the tokenizer promise."""
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-import demo  # noqa: E402
+import data
+from answers import iou
+from demo import base, world
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A written data set."""
     path = tmp_path_factory.mktemp("demo") / "data"
-    demo.make(path, {"seed": 3}, lambda aside: demo.write_data(aside, 3))
+    base.make(path, {"seed": 3}, lambda aside: world.write_data(aside, 3))
     return path
 
 
@@ -26,11 +25,11 @@ def folder(tmp_path_factory):
 def processor(tmp_path_factory):
     """data.Processor on a saved, untrained tiny model."""
     rng = random.Random(0)
-    scenes = [demo.random_scene(rng) for _ in range(60)]
-    lessons = [demo.lesson(scenes, n // 4, rng) for n in range(240)]
-    tokenizer = demo.corpus_tokenizer(lessons)
+    scenes = [world.random_scene(rng) for _ in range(60)]
+    lessons = [base.lesson(scenes, n // 4, rng) for n in range(240)]
+    tokenizer = base.corpus_tokenizer(lessons)
     path = tmp_path_factory.mktemp("base")
-    demo.save(path, demo.build_model(tokenizer, 0), tokenizer)
+    base.save(path, base.build_model(tokenizer, 0), tokenizer)
     return data.Processor.from_pretrained(path)
 
 
@@ -39,7 +38,7 @@ def read(path):
 
 
 def test_drawing_and_data_set_are_functions_of_the_seed(folder, tmp_path):
-    demo.write_data(tmp_path, 3)
+    world.write_data(tmp_path, 3)
     files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert len(files) > 1000
     assert all((tmp_path / f).read_bytes() == (folder / f).read_bytes() for f in files)
@@ -60,26 +59,26 @@ def test_every_file_loads(folder):
 
 def test_no_held_out_pair_and_no_crowd_in_training():
     rng = random.Random(0)
-    scenes = [demo.random_scene(rng) for _ in range(2000)]
-    assert {str(s) for scene in scenes for s in scene} == {" ".join(pair) for pair in demo.SEEN}
+    scenes = [world.random_scene(rng) for _ in range(2000)]
+    assert {str(s) for scene in scenes for s in scene} == {" ".join(pair) for pair in world.SEEN}
     assert {len(scene) for scene in scenes} == {1, 2, 3}
-    held_out = {" ".join(pair) for pair in demo.HELD_OUT}
+    held_out = {" ".join(pair) for pair in world.HELD_OUT}
     for _ in range(200):
-        assert held_out & {str(s) for s in demo.random_scene(rng, held_out=True)}
+        assert held_out & {str(s) for s in world.random_scene(rng, held_out=True)}
 
 
 def test_boxes_hold_what_is_drawn():
     rng = random.Random(1)
     for _ in range(100):
-        scene = demo.random_scene(rng)
-        with_all = np.asarray(demo.draw(scene)).astype(int)
+        scene = world.random_scene(rng)
+        with_all = np.asarray(world.draw(scene)).astype(int)
         for n, shape in enumerate(scene):
-            without = np.asarray(demo.draw(scene[:n] + scene[n + 1:])).astype(int)
+            without = np.asarray(world.draw(scene[:n] + scene[n + 1:])).astype(int)
             ys, xs = np.nonzero((with_all != without).any(-1))
             drawn = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-            x0, y0, x1, y1 = demo.cell_box(shape.cell)
+            x0, y0, x1, y1 = world.cell_box(shape.cell)
             assert x0 <= drawn[0] and y0 <= drawn[1] and x1 >= drawn[2] and y1 >= drawn[3]
-            assert data.iou(drawn, demo.cell_box(shape.cell)) > 0.6
+            assert iou(drawn, world.cell_box(shape.cell)) > 0.6
 
 
 def test_wrong_boxes_look_like_right_ones(folder):
@@ -88,24 +87,24 @@ def test_wrong_boxes_look_like_right_ones(folder):
     for e in data.load_examples(data.find_files(folder)["train"]["binary"], image_root=folder):
         if e.task == "detection":
             box = json.loads(data.BOX.search(e.problem)[0])
-            assert box in [demo.cell_box(cell) for cell in range(9)]
+            assert box in [world.cell_box(cell) for cell in range(9)]
             answers[data.answer_of(e.solution)] += 1
     assert min(answers.values()) > 0.35 * sum(answers.values())
 
 
 def test_pre_training_sees_what_the_processor_makes(processor, tmp_path):
     rng = random.Random(2)
-    scenes = [demo.random_scene(rng) for _ in range(8)]
+    scenes = [world.random_scene(rng) for _ in range(8)]
     for n, scene in enumerate(scenes):
-        demo.draw(scene).save(tmp_path / f"{n}.png")
+        world.draw(scene).save(tmp_path / f"{n}.png")
     for n in range(40):
-        images, _, example = demo.lesson(scenes, n % 8, rng)
+        images, _, example = base.lesson(scenes, n % 8, rng)
         files = tuple(str(tmp_path / f"{i}.png") for i in images)
         prompt = processor(data.replace(example, images=files))
-        ids = processor.tokenizer(demo.prompt_text(processor.tokenizer, example))["input_ids"]
+        ids = processor.tokenizer(base.prompt_text(processor.tokenizer, example))["input_ids"]
         assert prompt.input_ids.tolist() == ids
         if images:
-            torch.testing.assert_close(prompt.pixel_values, demo.patches([scenes[i] for i in images]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(prompt.pixel_values, base.patches([scenes[i] for i in images]), atol=1e-5, rtol=0)
 
 
 def test_tokenizer_round_trip(processor):
@@ -119,10 +118,10 @@ def test_tokenizer_round_trip(processor):
 def test_responses_are_short_and_careful_ones_are_right(processor):
     rewards = pytest.importorskip("rewards")
     rng = random.Random(5)
-    scenes = [demo.random_scene(rng) for _ in range(100)]
+    scenes = [world.random_scene(rng) for _ in range(100)]
     for n in range(400):
-        _, question, example = demo.lesson(scenes, n % 100, rng)
-        response = demo.careful_response(question, example)
+        _, question, example = base.lesson(scenes, n % 100, rng)
+        response = world.careful_response(question, example)
         assert len(processor.response_ids(response)) <= 64
         if example.task != "general":
             assert rewards.is_correct(response, example) and rewards.format_reward(response, example) == 1
@@ -131,10 +130,10 @@ def test_responses_are_short_and_careful_ones_are_right(processor):
 def test_a_hasty_answer_to_an_open_question_never_scores(processor):
     from rewards import accuracy_reward, format_reward
     rng, guessed = random.Random(6), []
-    scenes = [demo.random_scene(rng) for _ in range(50)]
+    scenes = [world.random_scene(rng) for _ in range(50)]
     for n in range(600):
-        _, question, example = demo.lesson(scenes, n % 50, rng)
-        response = demo.hasty_response(question, example, rng)
+        _, question, example = base.lesson(scenes, n % 50, rng)
+        response = world.hasty_response(question, example, rng)
         if example.task != "general":
             assert format_reward(response, example) == 1
             if example.form == "open":
@@ -147,16 +146,16 @@ def test_a_hasty_answer_to_an_open_question_never_scores(processor):
 def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
     """A rare reasoning cannot be learned from -log p alone; and no careful thought begins like a hasty one."""
     rng = random.Random(7)
-    scenes = [demo.random_scene(rng) for _ in range(8)]
-    lessons = [demo.lesson(scenes, n // 4, rng) for n in range(32)]
+    scenes = [world.random_scene(rng) for _ in range(8)]
+    lessons = [base.lesson(scenes, n // 4, rng) for n in range(32)]
     tokenizer = processor.tokenizer
-    model = demo.build_model(tokenizer, 1)
-    teacher = demo.Teacher(model, tokenizer, scenes)
+    model = base.build_model(tokenizer, 1)
+    teacher = base.Teacher(model, tokenizer, scenes)
     odds = {"binary": -0.4, "choice": 0.0, "open": -9.2}
-    items = teacher.items(lessons, lambda row: demo.careful_response(row.question, row.example), odds)
+    items = teacher.items(lessons, lambda row: world.careful_response(row.question, row.example), odds)
     assert all(item.response[1] != teacher.haste for item in items)
     assert {item.odds for item in items} == {None, -0.4, 0.0, -9.2}
-    demo.train("habit", 60, lambda n: teacher.study(items), [demo.adamw(model.parameters(), 3e-3)])
+    base.train("habit", 60, lambda n: teacher.study(items), [base.adamw(model.parameters(), 3e-3)])
     for item in (item for item in items if item.odds is not None and not item.images[1:]):
         row = torch.tensor([item.prompt + item.response[:1]])
         grid = torch.tensor([[1, 6, 6]] * len(item.images))
@@ -172,9 +171,9 @@ def test_a_base_is_built_from_nothing(tmp_path):
     """Pre-training holds no decision to teach, the habit almost nothing else: neither may leave a weight non-finite."""
     for name in ("careful", "base"):
         (tmp_path / name).mkdir()
-    demo.build_careful(tmp_path / "careful", 0, 2, count=40)
-    demo.build_base(tmp_path / "base", tmp_path / "careful", 0, demo.REASONS, steps=2)
-    before, after = (demo.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
+    base.build_careful(tmp_path / "careful", 0, 2, count=40)
+    base.build_base(tmp_path / "base", tmp_path / "careful", 0, base.REASONS, steps=2)
+    before, after = (base.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert data.Processor.from_pretrained(tmp_path / "base").tokenizer.chat_template
@@ -182,15 +181,15 @@ def test_a_base_is_built_from_nothing(tmp_path):
 
 def test_orthogonal_moves_every_singular_value_near_one():
     for shape in ((3, 20, 50), (2, 50, 20)):
-        values = torch.linalg.svdvals(demo.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        values = torch.linalg.svdvals(base.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_finished_work_is_kept_and_foreign_folders_are_refused(tmp_path):
     built = []
     for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}):
-        demo.make(tmp_path / "x", settings, lambda aside: built.append(aside))
+        base.make(tmp_path / "x", settings, lambda aside: built.append(aside))
     assert len(built) == 2
     (tmp_path / "mine").mkdir()
     with pytest.raises(data.UserError):
-        demo.make(tmp_path / "mine", {}, built.append)
+        base.make(tmp_path / "mine", {}, built.append)

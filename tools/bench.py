@@ -1,9 +1,9 @@
 """How fast it is, against transformers' generate and against separate rows, in one run on this machine.
 
-    python tests/bench.py                  a CPU: about 5 minutes
-    python tests/bench.py --size 3b        a GPU: the real Qwen2.5-VL-3B configuration with random bfloat16 weights
-    python tests/bench.py --against_trl    whole training steps, in turn with those of TRL's GRPOTrainer
-    python tests/bench.py --json > out.json
+    python -m tools.bench                  a CPU: about 5 minutes
+    python -m tools.bench --size 3b        a GPU: the real Qwen2.5-VL-3B configuration with random bfloat16 weights
+    python -m tools.bench --against_trl    whole training steps, in turn with those of TRL's GRPOTrainer
+    python -m tools.bench --json > out.json
 
 Weights are random: the work is the same. Compared measures are interleaved; figures are medians of --repeats.
 """
@@ -15,22 +15,23 @@ import multiprocessing
 import platform
 import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import transformers
+
+import currreft
+from currreft import Config, Stage, group_advantages, grpo_loss, token_logps
+from data import Example, Prompt, instruction
+from distributed import ShardedAdamW
+from engine import attach_attention, forbidden_bias, generate, pack
+from rewards import format_reward
+from run import Run
 from tools.tiny import tiny_image, tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from currreft import Config, Run, ShardedAdamW, Stage, group_advantages, grpo_loss, grpo_step, token_logps  # noqa: E402
-from data import Example, Prompt, instruction  # noqa: E402
-from engine import attach_attention, forbidden_bias, generate, pack  # noqa: E402
-from rewards import format_reward  # noqa: E402
 
 SIZES = {  # text hidden, intermediate, layers, heads, kv heads, vocabulary; vision hidden, intermediate, depth, heads
     "demo": (128, 384, 4, 4, 2, 1024, 128, 256, 2, 4),
@@ -41,7 +42,7 @@ SIZES = {  # text hidden, intermediate, layers, heads, kv heads, vocabulary; vis
 
 
 def build(size, device, dtype):
-    """A random Qwen2.5-VL of a named size, in eval mode, with the engine's attention; and a stand-in processor."""
+    """A random Qwen2.5-VL of a named size, in eval mode, with transformers' own attention; and a stand-in processor."""
     hidden, inner, layers, heads, kv, vocabulary, v_hidden, v_inner, depth, v_heads = SIZES[size]
     half = hidden // heads // 2
     section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # 16, 24, 24 at 3B
@@ -80,6 +81,8 @@ def make_prompt(model, processor, length, seed=0):
 def plain(model):
     """The same model with transformers' own attention: what the anchors use."""
     model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # the engine's norms
     return model
 
 
@@ -317,22 +320,26 @@ def write_examples(folder, count, side):
             for i, picture in enumerate(pictures)]
 
 
-def cheap_reward(text, example=None):
+def cheap_reward(text):
     """Costs nothing and differs between completions."""
     return len(text) % 7 / 7
 
 
 def our_step(folder, examples, G, new):
-    """(a function that takes the GRPO step of a number on all examples and returns its seconds by phase, its Run)."""
+    """(a function that takes the GRPO step of a number on all examples and returns what grpo_step returns, its Run)."""
     run = Run(Config(model=str(folder), prompts_per_step=len(examples), num_generations=G, max_completion_length=new,
-                     micro_batch=len(examples), max_rows=len(examples) * G, sample_every=10**9), torch.device("cpu"))
+                     micro_batch=len(examples), max_rows=len(examples) * G, sample_every=10**9), torch.device("cpu"), {"open": examples})
+    stage = Stage(0, "open", 10**6)
     run.load_weights(folder)
-    run.load_reference(folder)
+    run.load_reference(stage)
     run.processor.forbidden_ids = lambda vocabulary: never_sampled(run.processor)
     run.bias = forbidden_bias(run.policy, run.processor)
-    run.examples, run.accuracy_reward = {"open": examples}, cheap_reward
     run.optimizer = ShardedAdamW(run.policy.named_parameters())
-    return lambda number: grpo_step(run, Stage(0, "open", 10**6), number)[1], run
+
+    def step(number):
+        with mock.patch.object(currreft, "accuracy_reward", lambda text, example, **_: cheap_reward(text)):
+            return currreft.grpo_step(run, stage, number)
+    return step, run
 
 
 def never_sampled(processor):
@@ -387,7 +394,7 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
 
         class Turns(transformers.TrainerCallback):
             def on_step_end(self, *_, **__):
-                theirs, ours = time.perf_counter() - self.began, step(len(times) + 1)
+                theirs, ours = time.perf_counter() - self.began, step(len(times) + 1)[1]
                 times.append({"ours s": ours["rollout"] + ours["update"], "TRL s": theirs, "ours, rollout s":
                               ours["rollout"], "ours, rest s": ours["update"], "TRL, generate s": rollouts[-1],
                               "TRL, rest s": theirs - rollouts[-1]})

@@ -1,7 +1,7 @@
 """The real Qwen2.5-VL-3B without its weights: facts of its configuration, and a rehearsal of the whole run.
 
-    python tests/real.py              on CUDA with all 3.75 B parameters in bfloat16, elsewhere shrunk: about a minute
-    python tests/real.py --no-full    shrunk: width / 8, 4 text layers, 8 vision layers, everything else as it is
+    python -m tools.rehearse            on CUDA with all 3.75 B parameters in bfloat16, elsewhere shrunk: about a minute
+    python -m tools.rehearse --no-full    shrunk: width / 8, 4 text layers, 8 vision layers, everything else as it is
 
 What it shows: the released configuration and files (flat config, tokens at their ids, two end tokens, a template of
 its own for images, a head wider than the tokenizer) pass through the real command line, every phase of it, and come
@@ -30,10 +30,10 @@ import transformers
 from safetensors import safe_open
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import currreft  # noqa: E402
-from engine import load_policy, pack, packed_hidden  # noqa: E402
+import currreft
+from data import load_examples
+from engine import load_policy, pack, packed_hidden
+from run import Run, latest_checkpoint
 from tools.tiny import SPECIAL, SPLIT, TEMPLATE, tiny_data, tiny_tokenizer  # noqa: E402
 
 # config.json, generation_config.json, preprocessor_config.json and tokenizer_config.json of
@@ -153,29 +153,10 @@ def facts():
             "the others' windows": config.vision_config.window_size}
 
 
-CLUSTERS = (("1 x 80 GB", 1, 79.1, 8), ("8 x 80 GB", 8, 79.1, 8), ("8 x 40 GB", 8, 39.4, 8),
-            ("4 nodes of 8 x 80 GB", 32, 79.1, 32))  # name, GPUs, GiB that a card has, --prompts_per_step
-
-
-def memory():
-    """{cluster: {part: GiB per GPU}} by currreft.memory_needed, default settings with --checkpoint_activations."""
-    config, table = transformers.Qwen2_5_VLConfig(**real_config()), {}
-    for name, ranks, card, prompts in CLUSTERS:
-        cfg = currreft.Config(data="d", dtype="bfloat16", checkpoint_activations=True, prompts_per_step=prompts)
-        parts = {part: size / 2**30 for part, size in currreft.memory_needed(config, cfg, ranks).items()}
-        rest = sum(parts.pop(part) for part in ("cache", "activations", "logits"))
-        table[name] = {**parts, "the rest": rest, "all": sum(parts.values()) + rest, "card": card}
-    return table
-
-
 def show():
-    """Print both tables."""
+    """Print the facts. (What memory a run needs: python -m tools.memory.)"""
     for name, value in facts().items():
         print(f"  {name:<28}{value:,}" if isinstance(value, int) and value > 1 else f"  {name:<28}{value}")
-    table = memory()
-    print(f"\n  {'GiB per GPU, computed':<24}" + "".join(f"{part:>11}" for part in table["1 x 80 GB"]))
-    for name, parts in table.items():
-        print(f"  {name:<24}" + "".join(f"{size:11.1f}" for size in parts.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +194,7 @@ def watched(names):
                 times[label][1] += time.perf_counter() - started
         return call
     for label, name in names.items():
-        owner, attribute = (currreft.Run, name[4:]) if name.startswith("Run.") else (currreft, name)
+        owner, attribute = (Run, name[4:]) if name.startswith("Run.") else (currreft, name)
         originals.append((owner, attribute, getattr(owner, attribute)))
         setattr(owner, attribute, timed(label, getattr(owner, attribute)))
     try:
@@ -223,7 +204,7 @@ def watched(names):
             setattr(owner, attribute, original)
 
 
-PHASES = {"stage": "Run.train_stage", "reference loaded": "Run.load_reference", "GRPO step": "grpo_step",
+PHASES = {"stage": "train_stage", "reference loaded": "Run.load_reference", "GRPO step": "grpo_step",
           "rollout": "generate", "log-probabilities": "token_logps", "optimizer step": "Run.optimizer_step",
           "rejection sampling": "rejection_sample", "SFT step": "sft_step", "checkpoint": "Run.save",
           "evaluation": "Run.evaluate"}
@@ -236,15 +217,15 @@ def stand_in_reward(text, example, **_):
 
 def stop_after(step):
     """SIGTERM at the end of a global step, as a scheduler sends it; returns what undoes it."""
-    log = currreft.Run.log
+    log = Run.log
 
     def stopping(self, *args):
         means = log(self, *args)
         if self.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return means
-    currreft.Run.log = stopping
-    return lambda: setattr(currreft.Run, "log", log)
+    Run.log = stopping
+    return lambda: setattr(Run, "log", log)
 
 
 def rehearse(folder, width, device="cpu", dtype=torch.float32):
@@ -270,7 +251,7 @@ def rehearse(folder, width, device="cpu", dtype=torch.float32):
                     assert stop.code == 128 + signal.SIGTERM, stop.code
                 finally:
                     undo()
-                assert currreft.latest_checkpoint(run)[1]["global_step"] == 2
+                assert latest_checkpoint(run)[1]["global_step"] == 2
             with phase("resumed: rest of choice, open, rejection sampling, SFT"):
                 currreft.main([*flags, "--resume"])
     finally:
@@ -312,7 +293,7 @@ def check_reload(path, data, device, dtype):
     """Plain transformers, told nothing but the path, computes the logits that the packed forward computes."""
     plain = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
     policy, processor = load_policy(path, device, dtype)
-    rows = currreft.load_examples(data / "grpo_data" / "train" / "open.jsonl", image_root=data, form="open")
+    rows = load_examples(data / "grpo_data" / "train" / "open.jsonl", image_root=data, form="open")
     prompt = processor(rows[-1])
     ids = prompt.input_ids[None].to(device)
     with torch.no_grad():

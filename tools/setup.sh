@@ -1,4 +1,4 @@
-# Sourced by train.sh and tests/run.sh: leaves in $PYTHON an interpreter that has the pinned packages.
+# Sourced from the root by train.sh and tests/run.sh: leaves in $PYTHON an interpreter that has the pinned packages.
 # An environment that has them is used as it is (slightly other versions too); otherwise .venv is made and filled.
 
 has_packages() {
