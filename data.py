@@ -36,8 +36,6 @@ from tasks import TASKS, kind
 FORMS = ("binary", "choice", "open")
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens
 MAX_SIDE, MAX_ASPECT = 16_384, 200                      # of an original image; the resizer raises beyond the latter
-VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
-              "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
 BOX = re.compile(r"\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]".format(n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d)?)"))
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")     # <|im_end|>, <|image_pad|>, ..; half a character
 
@@ -430,7 +428,7 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
         raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
     key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
     rng = random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
-    right, wrong = task.right(example), wrong_answers(example, VOC_LABELS if pool is None else pool, rng)
+    right, wrong = task.right(example), wrong_answers(example, task.pool if pool is None else pool, rng)
     if not wrong:
         raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
                         "file of its own.")
@@ -469,11 +467,13 @@ def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple[
 
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False) -> list[Example]:
     """Every example in another form; all that cannot be derived are named in one UserError, or dropped and counted."""
-    pool = sorted({text for e in examples if e.task == "classify" for text in TASKS[e.task].right(e)}) or None
-    derived, faults = [], []
+    pools, derived, faults = {}, [], []
+    for example in examples:
+        if TASKS[example.task].pool:  # a task that draws from a vocabulary draws from that of the rows
+            pools.setdefault(example.task, set()).update(TASKS[example.task].right(example))
     for example in examples:
         try:
-            derived.append(derive(example, form, pool, seed))
+            derived.append(derive(example, form, pools.get(example.task), seed))
         except UserError as error:
             faults.append(str(error))
     if faults and not (skip_bad_rows and derived):

@@ -19,6 +19,10 @@ from answers import (extract_answer, iou, matched_iou, normalize, offered_letter
                      parse_letters, parse_number, parse_verdict, same_number, words)
 
 INSIDE = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
+DIGITS = re.compile(r"\d[\d,]*")
+
+VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+              "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
 
 
 def truth_of(example):
@@ -135,10 +139,12 @@ def right_answer(example):
 
 
 def wrong_answer(text, example):
-    """Whether a text could be mistaken for the answer and is wrong: another listed letter, another value alike."""
+    """Whether a text could be mistaken for the answer and is wrong: another listed letter, or the same but for numbers."""
+    truth = truth_of(example)
     if options := listed(example):
         return text in options and text not in right_answer(example)
-    return not math_accuracy(text, truth_of(example)) and not math_accuracy(truth_of(example), text)
+    alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or {text.lower(), truth.lower()} == {"yes", "no"}
+    return alike and not math_accuracy(text, truth) and not math_accuracy(truth, text)
 
 
 def invent_answers(example, rng):
@@ -150,10 +156,11 @@ def invent_answers(example, rng):
     if not numbers:
         return {"yes": ["no"], "no": ["yes"]}.get(truth.lower(), [])
     number = rng.choice(numbers)
-    return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), rng)]
+    least = 0 if truth.isdigit() else 1                                     # a zero might divide, or read "-0"
+    return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), least, rng)]
 
 
-def near_numbers(whole, decimals, rng):
+def near_numbers(whole, decimals, least, rng):
     """Three numbers near "whole.decimals", written as it is: "0.7" -> "0.9", "0.6", "0.5".
 
     Drawn from a window around the truth, placed at random: or else the middle one of four would be the likely one.
@@ -161,7 +168,7 @@ def near_numbers(whole, decimals, rng):
     places, texts = len(decimals or ""), []
     value = int(whole.replace(",", "") + (decimals or ""))                  # in units of the last decimal
     spread = min(1000, max(4, value // 5))
-    start = max(0 if not places else 1, value - rng.randint(0, spread))
+    start = max(least, value - rng.randint(0, spread))
     for n in rng.sample(range(start, start + spread), 3):
         high, low = divmod(n + (n >= value), 10**places)                    # never the truth itself
         texts.append((f"{high:,}" if "," in whole else str(high)) + (f".{low:0{places}}" if places else ""))
@@ -192,8 +199,8 @@ def detection_fault(example, original):
     """A truth that is no boxes, or boxes that leave the image of `original` (width, height) by more than rounding."""
     boxes = parse_boxes(truth := truth_of(example))
     if boxes is None:
-        return (f'the truth {truth[:80]!r} is neither "no objects" nor JSON boxes, [{{"bbox_2d": [x1, y1, x2, y2]}}] '
-                "with x1 < x2 and y1 < y2, 64 at most.")
+        return (f'the truth {truth[:80]!r} is neither JSON boxes nor "no objects": up to 64 times '
+                '{"bbox_2d": [x1, y1, x2, y2]} in pixels, finite, x1 < x2 and y1 < y2.')
     for box in boxes:
         if min(box) < -1 or box[2] > original[0] + 1 or box[3] > original[1] + 1:
             return f"the box {list(box)} leaves the image of {original[0]} x {original[1]} pixels."
@@ -214,7 +221,8 @@ class Task:
     # the derived forms; a task without `right` has none
     right: Callable | None = None                       # example -> the right answers, each of which an option may show
     wrong: Callable | None = None                       # (text, example) -> could be taken for one, and is none
-    invent: Callable = lambda example, rng: ()          # (example, rng) -> texts to try where other rows lend none
+    invent: Callable = lambda example, rng: ()          # (example, rng) -> texts to try where the pool lends too few
+    pool: tuple = ()                                    # texts to draw from where other rows lend none
     ask: Callable = lambda example, text: f"{example.problem}\nIs the answer {text}?"
     choose: Callable = lambda example: f"{example.problem}\nWhich of these is right?"
     most: int = 1                                       # right options of a choice question at most
@@ -235,7 +243,7 @@ TASKS = {
         f"{example.problem}\nIs the answer {text}?"),
     "classify": Task(
         accuracy=classify_accuracy, fault=classify_fault, rule="Answer with the labels, separated by commas.",
-        right=right_labels, wrong=wrong_label, most=3,
+        right=right_labels, wrong=wrong_label, pool=VOC_LABELS, most=3,
         ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
         choose=lambda example: "Which of these are there?"),
     "math": Task(accuracy=math_accuracy, right=right_answer, wrong=wrong_answer, invent=invent_answers),

@@ -11,7 +11,8 @@ from tools.tiny import tiny_image, write_jsonl
 
 import tools.convert as convert
 import tools.pictures as pictures
-from data import VOC_LABELS, derive, labels_of, load_examples, truth_boxes
+from answers import parse_boxes, parse_labels
+from data import answer_of, derive, derive_all, load_examples
 
 
 def run(*arguments):
@@ -55,13 +56,19 @@ def save(folder, value):
     return path
 
 
-def derive_all(path, root):
+def boxes_of(solution):
+    return [list(box) for box in parse_boxes(answer_of(solution))]
+
+
+def labels_in(solution):
+    return parse_labels(answer_of(solution))
+
+
+def derived_all(path, root):
     """Examples of a file as training reads them, after all three forms were derived as training derives them."""
     examples = load_examples(path, image_root=root)
-    pool = sorted({label for e in examples if e.task == "classify" for label in labels_of(e.solution)}) or VOC_LABELS
-    for example in examples:
-        for form in ("binary", "choice"):
-            assert derive(example, form, pool=pool).form == form
+    for form in ("binary", "choice"):
+        assert {example.form for example in derive_all(examples, form)} == {form}
     return examples
 
 
@@ -71,7 +78,7 @@ def test_coco_rows_load_and_have_all_three_forms(tmp_path, instances, capsys):
     root, value = instances
     file, out = save(tmp_path, value), tmp_path / "train" / "open.jsonl"
     run("coco", file, "--image_root", root, "--out", out)
-    examples = derive_all(out, root)
+    examples = derived_all(out, root)
     assert set(Counter(e.task for e in examples)) == {"detection", "classify", "math"}
     said = capsys.readouterr().out
     assert f"python pictures.py examples {out} --image_root {root}" in said and "24 classify" in said
@@ -81,11 +88,11 @@ def test_coco_rows_load_and_have_all_three_forms(tmp_path, instances, capsys):
     for row in rows_of(out):
         if row["task"] == "detection":
             x, y, w, h = truth[row["image"], row["problem"].removeprefix("Where is the ").rstrip("?")]
-            (box,) = truth_boxes(row["solution"])
+            (box,) = boxes_of(row["solution"])
             assert box == pytest.approx([x, y, x + w, y + h], abs=0.01), "original pixels, two corners"
         if row["task"] == "classify":
             shown = {name for image, name in truth if image == row["image"]}
-            assert set(labels_of(row["solution"])) == shown
+            assert set(labels_in(row["solution"])) == shown
 
 
 def test_all_boxes_of_a_kind_are_asked_for_and_counted_but_a_crowd_is_not(tmp_path, instances):
@@ -95,7 +102,7 @@ def test_all_boxes_of_a_kind_are_asked_for_and_counted_but_a_crowd_is_not(tmp_pa
                             annotation(4, 0, 2, [100, 100, 3, 3]), annotation(5, 1, 4, [9, 9, 50, 50])]
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
     rows = {(row["image"], row["problem"]): row["solution"] for row in rows_of(tmp_path / "open.jsonl")}
-    assert truth_boxes(rows.pop(("000.png", "Where is every dog?"))) == [[0, 0, 40, 40], [50, 0, 90, 40]]
+    assert boxes_of(rows.pop(("000.png", "Where is every dog?"))) == [[0, 0, 40, 40], [50, 0, 90, 40]]
     assert rows.pop(("000.png", 'How many objects of the kind "dog" are in the image?')) == "<answer>2</answer>"
     assert {problem for image, problem in rows if image == "000.png"} == set(), "person is a crowd, the cup tiny"
 
@@ -144,7 +151,7 @@ def test_a_bad_entry_is_told_with_its_index_or_spoils_its_image(tmp_path, instan
     assert len(set(said.splitlines())) == len(said.splitlines()), "an image's fault is told once"
     run("coco", file, "--image_root", root, "--out", out, "--skip_bad_rows")
     assert "dropped" in capsys.readouterr().err
-    derive_all(out, root)
+    derived_all(out, root)
     if wart not in ("no object", "unknown image"):
         assert not [row for row in rows_of(out) if "000" in row["image"]], "what is left of the image is not all of it"
     assert [row for row in rows_of(out) if row["image"] == "005.png"] or "category" in wart or "name" in wart
@@ -154,7 +161,7 @@ def test_a_pixel_of_rounding_is_clipped_not_refused(tmp_path, instances):
     root, value = instances
     value["annotations"] = [annotation(n, n, n % 5, [-0.5, 60, 80.123456, 90.7]) for n in range(10)]
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
-    boxes = [truth_boxes(r["solution"]) for r in rows_of(tmp_path / "open.jsonl") if r["task"] == "detection"]
+    boxes = [boxes_of(r["solution"]) for r in rows_of(tmp_path / "open.jsonl") if r["task"] == "detection"]
     assert boxes == [[[0, 60, 79.62, 150]]] * 10
 
 
@@ -166,11 +173,11 @@ def test_an_image_that_shows_every_label_is_not_asked_for_its_labels(tmp_path, i
     rows = rows_of(tmp_path / "open.jsonl")
     assert not [row for row in rows if row["image"] == "001.png" and row["task"] == "classify"]
     assert "no wrong answer" in capsys.readouterr().out
-    derive_all(tmp_path / "open.jsonl", root)           # a box as large as the image among them
+    derived_all(tmp_path / "open.jsonl", root)           # a box as large as the image among them
     value["annotations"] = [annotation(n, n, 0, [9, 9, 50, 50]) for n in range(9)]      # one label alone
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl", "--force")
     assert {row["task"] for row in rows_of(tmp_path / "open.jsonl")} == {"detection", "math"}
-    derive_all(tmp_path / "open.jsonl", root)
+    derived_all(tmp_path / "open.jsonl", root)
 
 
 def test_labels_that_an_answer_could_not_name_are_not_asked_for(tmp_path, instances):
@@ -179,7 +186,7 @@ def test_labels_that_an_answer_could_not_name_are_not_asked_for(tmp_path, instan
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
     asked = [row["solution"] for row in rows_of(tmp_path / "open.jsonl") if row["task"] == "classify"]
     assert asked and not [solution for solution in asked if "bat" in solution]
-    derive_all(tmp_path / "open.jsonl", root)
+    derived_all(tmp_path / "open.jsonl", root)
 
 
 @pytest.mark.parametrize("value, words", [
@@ -271,8 +278,8 @@ def test_every_shape_of_expressions_is_read(tmp_path, instances, shape):
     rows = sorted(rows_of(tmp_path / "open.jsonl"), key=lambda row: row["image"])
     assert [(row["image"], row["problem"]) for row in rows] == [
         ("000.png", "Where is the left dog?"), ("001.png", "Where is a cup?")]
-    assert all(truth_boxes(row["solution"]) == [[10, 20, 40, 60]] for row in rows)
-    assert len(derive_all(tmp_path / "open.jsonl", root)) == 2
+    assert all(boxes_of(row["solution"]) == [[10, 20, 40, 60]] for row in rows)
+    assert len(derived_all(tmp_path / "open.jsonl", root)) == 2
 
 
 def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys):
@@ -281,7 +288,7 @@ def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys)
     said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
     assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
     run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")
-    assert truth_boxes(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[120, 90, 180, 140]]
+    assert boxes_of(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[120, 90, 180, 140]]
 
 
 def test_an_expression_for_two_boxes_and_test_expressions_stay_out(tmp_path, instances, capsys):

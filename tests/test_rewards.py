@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import answers
 import rewards
-from rewards import (accuracy_reward, extract_answer, format_reward, fluency, iou, is_correct, matched_iou, parse_boxes,
-                     parse_labels, parse_letters, parse_number, parse_verdict, quality_parts, quality_score)
+import tasks
+from answers import (extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_number,
+                     parse_verdict)
+from rewards import accuracy_reward, fluency, format_reward, is_correct, quality_parts, quality_score
 
 
 def example(form, task, solution):
@@ -126,7 +129,7 @@ def test_math(truth, right, wrong):
 
 
 def test_decimals_follow_the_written_truth():
-    assert parse_number("12.50%") == (rewards.Fraction(1, 8), 4, "%")
+    assert parse_number("12.50%") == (answers.Fraction(1, 8), 4, "%")
     assert [parse_number(text).decimals for text in ("7", "7.0", "7/2", "√7")] == [0, 1, None, None]
 
 
@@ -173,7 +176,7 @@ def test_matching_is_the_best_one_not_the_greedy_one():
 
 
 def test_letters_and_labels_of_nothing():
-    assert parse_letters("()") is None and parse_letters("and") is None and parse_labels("[]") == set()
+    assert parse_letters("()") is None and parse_letters("and") is None and parse_labels("[]") == []
 
 
 def test_iou():
@@ -187,13 +190,6 @@ def test_partial_credit_is_a_setting_and_never_correct():
     assert is_correct(completion("C, A"), example("choice", "math", "A, C"))
     assert not is_correct(completion("dog"), example("open", "classify", "dog, cat"))
     assert not is_correct(completion("the man bites the dog"), example("open", "general", "the dog bites the man"))
-
-
-def test_a_new_task_is_one_function_and_one_row(monkeypatch):
-    monkeypatch.setitem(rewards.ACCURACY, ("open", "reverse"), lambda answer, truth, **_: float(answer == truth[::-1]))
-    assert accuracy("open", "reverse", "abc", "cba") == 1.0
-    with pytest.raises(KeyError):
-        accuracy("open", "unknown", "abc", "abc")
 
 
 # ---- Format ----
@@ -370,5 +366,5 @@ def test_random_text():
 
 
 def test_model_text_reaches_no_evaluator():
-    source = inspect.getsource(rewards)
+    source = "".join(map(inspect.getsource, (answers, tasks, rewards)))
     assert not [name for name in ("eval(", "exec(", "literal_eval", "sympy", "import torch") if name in source]

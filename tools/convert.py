@@ -1,7 +1,7 @@
 """Annotations that people have -> rows that this project trains on (README, "Data"): open questions, one JSON a line.
 
-    python convert.py coco instances_train2017.json --image_root DIR/images --out DIR/train/open.jsonl --test_share 0.1
-    python convert.py refcoco finetune_refcoco_train.json --image_root DIR/images --out DIR/train/open.jsonl
+    python -m tools.convert coco instances_train2017.json --image_root DIR/images --out DIR/train/open.jsonl --test_share 0.1
+    python -m tools.convert refcoco finetune_refcoco_train.json --image_root DIR/images --out DIR/train/open.jsonl
 
 coco: images, annotations, categories -> "Where is the dog?" with all its boxes (detection), "What objects are in the
 image?" (classify), "How many ..?" (math). Every object of the categories must be annotated, or marked as a crowd.
@@ -26,8 +26,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from data import (Example, UserError, check_text, check_truth, derive, inspect_image, labels_of, model_size,
-                  resize_boxes_in, resolve_image)
+from answers import parse_labels
+from data import (Example, answer_of, check_text, check_truth, derive, inspect_image, model_size, resize_boxes_in,
+                  resolve_image)
+from distributed import UserError
 
 IMAGES = ("file_name", "image", "img_name", "image_path")       # keys of an image's name, the first that is there
 TEXTS = ("sent", "raw", "sentences", "sentence", "expressions", "expression", "normal_caption", "captions", "caption",
@@ -174,7 +176,7 @@ def questions(where, image, size, things, args, left_out):
             problem = f'How many objects of the kind "{name}" are in the image?'
             yield Candidate(where, image, size, "math", problem, str(n), n)
         left_out["more than --max_boxes or --max_count"] += n > min(args.max_boxes, args.max_count)
-    if any(labels_of(name) != [name] for name in boxes) or any(tiny[name] == len(boxes[name]) > 0 for name in boxes):
+    if any(parse_labels(name) != [name] for name in boxes) or any(tiny[name] == len(boxes[name]) > 0 for name in boxes):
         left_out["labels of tiny boxes alone, or with commas or brackets"] += 1
     else:
         yield Candidate(where, image, size, "classify", "What objects are in the image?", ", ".join(sorted(boxes)), "")
@@ -244,7 +246,7 @@ def choose(candidates, args, faults, left_out):
     """{split: rows}: of each task up to --per_task usable candidates, kinds in turn, every image in one split."""
     chosen, count, inspect = {"train": [], "test": []}, Counter(), lru_cache(None)(inspect_image)
     room = {"train": args.per_task * (1 - args.test_share), "test": args.per_task * args.test_share}
-    pool = {label for c in candidates if c.task == "classify" for label in labels_of(c.answer)}
+    pool = {label for c in candidates if c.task == "classify" for label in parse_labels(c.answer)}
     for c in in_turn(candidates, args.seed):
         test = random.Random(f"{args.seed}/{Path(str(c.image)).name}").random() < args.test_share
         split = "test" if test else "train"
@@ -257,7 +259,7 @@ def choose(candidates, args, faults, left_out):
             continue
         try:
             for form in ("binary", "choice"):
-                derive(example, form, pool=pool)
+                derive(example, form, pool=pool if c.task == "classify" else None)
         except UserError:
             left_out["no wrong answer can be made"] += 1
             continue
@@ -292,7 +294,7 @@ def usable(candidate, args, inspect):
 
 def with_absent_labels(rows, left_out):
     """The rows but for images that show every label of the file: no absent one could be offered for them."""
-    shown = [set(labels_of(row["solution"].lower())) if row["task"] == "classify" else {""} for row in rows]
+    shown = [set(parse_labels(answer_of(row["solution"]).lower())) if row["task"] == "classify" else {""} for row in rows]
     pool = set().union(*shown) - {""}
     if pool not in shown:
         return rows
