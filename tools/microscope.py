@@ -78,7 +78,7 @@ def look(folder, step=None, number=None):
     stage, stage_step, path = at_hand[step]
     run = Run(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_data(cfg)[0])
     run.load_weights(path)
-    run.load_reference(stage)
+    run.load_reference(stage, resumed=stage_step > 0)
     groups = rollout(run, stage, stage_step)
     judge(cfg, groups)
     group = chosen(groups, number)

@@ -455,7 +455,8 @@ def table(results: dict[str, dict], width: int = 120) -> str:
     rows = [(f"{run}: {row['name']}" if len(results) > 1 else row["name"], row["splits"])
             for run, result in results.items() for row in result["rows"]]
     columns = list(dict.fromkeys((split, task) for _, splits in rows for split, tasks in splits.items()
-                                 for task in tasks if task != "all" or len(tasks) > 2))
+                                 for task in sorted(tasks, key=lambda task: (task == "all", task))
+                                 if task != "all" or len(tasks) > 2))
     names = [printable(name, 60) for name, _ in rows]
     left = max(map(len, names), default=0)
     blocks, room = [], 0
