@@ -58,7 +58,7 @@ class Example:
 
 def instruction(example: Example) -> str:
     """The format instruction after the problem: think, answer, and the rule of the example's form."""
-    rule = kind(example).rule
+    rule = kind(example).rule(example)
     think = "First think inside <think> </think>, then give the final answer inside <answer> </answer>."
     return f"{think} {rule}" if rule else think
 

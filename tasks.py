@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from answers import (extract_answer, iou, matched_iou, normalize, offered_letters, parse_boxes, parse_labels,
-                     parse_letters, parse_number, parse_verdict, same_number, words)
+from answers import (extract_answer, iou, matched_iou, offered_letters, parse_boxes, parse_labels, parse_letters,
+                     parse_verdict, same_math, words)
 
 INSIDE = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
 DIGITS = re.compile(r"\d[\d,]*")
@@ -66,13 +66,8 @@ def detection_accuracy(answer, truth, *, soft_iou=False, **_):
 
 
 def math_accuracy(answer, truth, **_):
-    """1 for the same letter if the truth is one; else for the same number; else for equal normalized text."""
-    if letters := parse_letters(truth):
-        return float(parse_letters(answer) == letters)
-    number, true_number = parse_number(answer), parse_number(truth)
-    if number and true_number:
-        return float(same_number(number, true_number))
-    return float(normalize(answer) == normalize(truth) != "")
+    """1 for the same letter, number, tuple or normalized text, as answers.same_math tells them; else 0."""
+    return float(same_math(answer, truth))
 
 
 def general_accuracy(answer, truth, **_):
@@ -212,7 +207,7 @@ def detection_fault(example, original):
 class Task:
     """All that depends on a task (or on a closed form). Only `accuracy` must be given."""
     accuracy: Callable                                  # (answer, truth, **settings) -> [0, 1]; 1: exactly right
-    rule: str = ""                                      # the last words of the prompt: how to answer
+    rule: Callable = lambda example: ""                 # example -> the last words of its prompt: how to answer
     readable: Callable = bool                           # answer -> whether it earns the format reward
     fault: Callable = lambda example, original: None    # (example, image size) -> what is wrong with its truth
     spell: Callable = truth_of                          # example -> an answer that is exactly right: what SFT teaches
@@ -229,24 +224,24 @@ class Task:
 
 
 CLOSED = {
-    "binary": Task(accuracy=binary_accuracy, fault=binary_fault, rule="Answer exactly yes or no."),
+    "binary": Task(accuracy=binary_accuracy, fault=binary_fault, rule=lambda _: "Answer exactly yes or no."),
     "choice": Task(accuracy=choice_accuracy, fault=choice_fault,
-                   rule="Answer with only the letter, or all right letters if several options are right."),
+                   rule=lambda _: "Answer with only the letter, or all right letters if several options are right."),
 }
 TASKS = {
     "detection": Task(
         accuracy=detection_accuracy, fault=detection_fault, boxes=True, needs_image=True,
-        rule='Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
+        rule=lambda _: 'Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
         readable=lambda answer: parse_boxes(answer) is not None,
         right=right_boxes, wrong=wrong_box, invent=invent_boxes,
         ask=lambda example, text: f"{example.problem}\nIs {text} the right box?" if text.startswith("[") else
         f"{example.problem}\nIs the answer {text}?"),
     "classify": Task(
-        accuracy=classify_accuracy, fault=classify_fault, rule="Answer with the labels, separated by commas.",
+        accuracy=classify_accuracy, fault=classify_fault, rule=lambda _: "Answer with the labels, separated by commas.",
         right=right_labels, wrong=wrong_label, pool=VOC_LABELS, most=3,
         ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
         choose=lambda example: "Which of these are there?"),
-    "math": Task(accuracy=math_accuracy, right=right_answer, wrong=wrong_answer, invent=invent_answers),
+    "math": Task(accuracy=math_accuracy, rule=lambda e: "Answer with only the letter." if listed(e) else "", right=right_answer, wrong=wrong_answer, invent=invent_answers),
     "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
 }
 

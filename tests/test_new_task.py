@@ -44,7 +44,7 @@ def center(example):
 
 POINT = Task(
     accuracy=point_accuracy, fault=detection_fault, boxes=True, needs_image=True,
-    rule='Answer with one point in pixels, {"point_2d": [x, y]}.',
+    rule=lambda _: 'Answer with one point in pixels, {"point_2d": [x, y]}.',
     readable=lambda answer: parse_point(answer) is not None,
     spell=center, right=lambda example: [center(example)],
     wrong=lambda text, example: parse_point(text) is not None and not point_accuracy(text, truth_of(example)),

@@ -119,7 +119,7 @@ def test_accuracy(form, task, truth, answer, expected):
      ["12 cm", "12 cm^3"]),
     ("B", ["B", "(b)", "B."], ["A", "B or C", "A, B", "5", "bus", "β"]),
     ("(3, 4)", ["(3,4)", "( 3, 4 )", r"$\left(3, 4\right)$"], ["(4, 3)", "34", "3", "(3, 4), (4, 3)"]),
-    ("x^2 + 1", ["X^2 + 1"], ["x^2", "1", "x"]),
+    ("x^2 + 1", ["x^2+1"], ["x^2", "1", "x", "X^2 + 1"]),
     ("1000000000000001", ["1,000,000,000,000,001"], ["1000000000000002", "1000000000000001.5"]),
     ("$", [], ["!", "."]),                                              # nothing is not equal to nothing
 ])
@@ -140,7 +140,7 @@ def test_decimals_follow_the_written_truth():
     ("[[1, 2, 3, 4], [5, 6, 7, 8]]", [(1, 2, 3, 4), (5, 6, 7, 8)]),
     ("No objects.", []), ("there are no objects", []), ("none", []), ("[]", []),
     ("no objects [1, 2, 3, 4]", None), ("", None), ("dog", None), ("{}", None), ("[1, 2, 3]", None), ("5", None),
-    ("null", None),
+    ("null", []),
     ("[1, 2, 3, 4] or [5, 6, 7, 8]", None), ('{"bbox_2d": null}', None), ('["1", "2", "3", "4"]', None), ("[[]]", None),
     ("[true, 2, 3, 4]", None), ("[NaN, 2, 3, 4]", None), ("[1, 2, Infinity, 4]", None), ("[1, 2, 1e999, 4]", None),
     ("[3, 2, 1, 4]", None), ("[1, 2, 1, 4]", None), (f"[1, 2, {'9' * 3900}, 4]", None), ("[[1, 2, 3, 4], 5]", None),
@@ -251,15 +251,51 @@ def test_quality_parts():
     assert sum(rewards.QUALITY.values()) == 100 and min(rewards.QUALITY.values()) >= 100 - rewards.KEEP_ABOVE
     silent = quality_parts(completion("yes", "A dog stands there."), example("binary", "math", "yes"))
     against = quality_parts(completion("yes", "There is no dog."), example("binary", "math", "yes"))
-    assert (silent["consistency"], against["consistency"]) == (0.5, 0.0)
+    assert (silent["consistency"], against["consistency"]) == (0.6, 0.0)
     for answer, thinking in (
             ("5 cm", "it is 5 cm long"), ("5 cm", "it is 5"), ("1 3/4", "it makes 1 3/4"), ("0.5", "so 1/2")):
         assert quality_parts(completion(answer, thinking), example("open", "math", answer))["consistency"] == 1.0
     late = quality_parts(completion("12", "It may be 12. " + "But I count them again. " * 5 + "It is 13."), TWELVE)
     named = quality_parts(completion("red bus", "The bus is red."), example("open", "general", "red bus"))
     unnamed = quality_parts(completion("red bus", "The bus is blue."), example("open", "general", "red bus"))
-    assert (late["consistency"], named["consistency"], unnamed["consistency"]) == (0.0, 1.0, 0.5)
-    assert fluency("a b c d a b c d".split()) == pytest.approx(4 / 6) and fluency(["a", "b"] * 9) == 0
+    assert (late["consistency"], named["consistency"], unnamed["consistency"]) == (0.0, 1.0, 0.6)
+    assert fluency("red blue red blue green".split()) == pytest.approx(3 / 5) and fluency(["red", "blue"] * 9) == 0
+
+
+QUESTION = SimpleNamespace(form="open", task="math", solution="12", problem="How many cubes are in the picture?")
+RANDOM = random.Random(0)
+NONSENSE = " ".join("".join(RANDOM.choices(string.ascii_lowercase, k=7)) for _ in range(300))
+
+
+@pytest.mark.parametrize("thinking, kept", [
+    (PROSE, True), ("7 red cubes and 5 blue cubes: 7 + 5 = 12", True), ("左边有七个，右边有五个，一共是12个。", True),
+    ("Hay siete cubos rojos y cinco azules, en total 12.", True), ("seven red cubes, five blue cubes", True),
+    ("so 12", False), ("a 12", False), ("12", False), ("no idea", False), ("ok ok", False), ("I guess", False), (".", False),
+    ("\u200b", False), ("well, I think it must be 12", False), ("It is certainly not 12", False),
+    ("I see red cubes and blue cubes, but it can never be 12", False), (PROSE + " " + PROSE, False), (" ".join([PROSE] * 3), False),
+    (NONSENSE, False), (NONSENSE + " 12", False), ("word " * 5000 + "12", False), ("banana pear apple", False),
+    (" ".join(f"thing{i % 700} about matters" for i in range(2000)) + " 12", False),
+    ("I count the cubes: 10 11 12 13 14 15", False),
+    ("There are 13 red cubes, so the total is 13, it makes 13 cubes. 12", False)])
+def test_what_is_kept_is_worth_training_on(thinking, kept):
+    assert (quality_score(completion("12", thinking), QUESTION) > rewards.KEEP_ABOVE) == kept
+    assert quality_score(completion("13", thinking), QUESTION) <= rewards.KEEP_ABOVE, "a wrong answer never"
+
+
+def test_of_several_kept_the_one_with_more_reasons_is_best():
+    scores = [quality_score(completion("12", thinking), QUESTION) for thinking in (
+        "three rows cubes", "red cubes, blue cubes", "4 red cubes 12", "7 red cubes and 5 blue cubes make 12 cubes in the picture")]
+    assert scores == sorted(scores) and scores[-1] > scores[0] and scores[-1] > 99
+
+
+@pytest.mark.parametrize("problem, thinking, answer", [
+    ("What is 3 plus 4?", "3 plus 4", "7"), ("What color is the circle?", "red circle north", "red"),
+    ("How many objects are there?", "1 red circle 2 blue square", "2"), ("Which object is first?", "red circle north", "red circle"),
+    ("How many objects are in the two images?", "2 plus 3", "5")])
+def test_terse_but_sound_reasoning_of_a_small_model_is_kept(problem, thinking, answer):
+    item = SimpleNamespace(form="open", task="general", solution=answer, problem=problem)
+    score = quality_score(completion(answer, thinking), item)
+    assert score > rewards.KEEP_ABOVE or thinking == "2 plus 3", "numbers that the question does not have speak against"
 
 
 # ---- Incentives: an exploit, with its format reward, pays no more than an honest wrong answer of its kind ----
