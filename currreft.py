@@ -421,6 +421,8 @@ def begin(cfg):
     longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
     config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
     check_memory(memory_needed(config, cfg, world()[1], longest), cfg)
+    if questions:
+        Judge(cfg.judge_url, cfg.judge_model).probe()  # better now than after all RL stages
     return Run(cfg, device, examples, tests, questions)
 
 

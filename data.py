@@ -32,11 +32,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from answers import offered_letters
 from distributed import RunError, UserError, say  # noqa: F401 (RunError: for who imports it from here)
 from tasks import TASKS, kind
+from tools.limits import limits
 
 FORMS = ("binary", "choice", "open")
+TEXTS = ["*.json", "*.jinja", "*.txt"]                  # what a checkpoint has beside its weights
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens
 MAX_SIDE, MAX_ASPECT = 16_384, 200                      # of an original image; the resizer raises beyond the latter
 BOX = re.compile(r"\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]".format(n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d)?)"))
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")     # <|im_end|>, <|image_pad|>, ..; half a character
 
 
@@ -119,6 +122,10 @@ class Processor:
         if model_type != "qwen2_5_vl" or missing:
             raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its model type is {model_type}, and its tokenizer "
                             f"lacks {', '.join(missing) or 'nothing'}.")
+        if hidden := [tag for tag in TAGS if tag not in tokenizer.decode(tokenizer(tag)["input_ids"], True)]:
+            raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out of the "
+                            "text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
+                            "tokenizer_config.json)")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
         image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
         return cls(tokenizer, image_processor, files)
@@ -134,8 +141,12 @@ class Processor:
         self.image_processor.save_pretrained(path)
 
     def forbidden_ids(self, vocab_size: int) -> tuple[int, ...]:
-        """Ids that no completion may hold: vision tokens (the next forward would raise) and ids without a token."""
-        return (*sorted(self.vision_ids), *range(len(self.tokenizer), vocab_size))
+        """Ids that no completion may hold: special tokens but the end ones, and ids without a token.
+
+        Of vision tokens the next forward pass would raise; others would not be seen in the text that is judged.
+        """
+        special = {*self.vision_ids, *self.tokenizer.all_special_ids} - set(self.end_ids)
+        return (*sorted(special), *range(len(self.tokenizer), vocab_size))
 
     def __call__(self, example: Example) -> Prompt:
         """Tokens and patches. An image of 84 x 56 model pixels: grid (1, 4, 6), 24 patches, 24 // 4 image tokens."""
@@ -154,7 +165,7 @@ class Processor:
         """Prompt tokens with one token for each image."""
         messages = prompt_messages(example)
         check_text("".join(part.get("text", "") for turn in messages for part in turn["content"]))
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render(self.tokenizer, messages)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (places := ids.count(self.image_token_id)) != len(example.images):
             raise UserError(f"{example.where}: the prompt has {places} places for {len(example.images)} images.")
@@ -181,21 +192,37 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def checkpoint_folder(path) -> Path:
+    """The directory of a checkpoint; of a hub name that of its newest revision, where small files are fetched to."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=TEXTS))
+
+
 def checkpoint_files(path) -> dict[str, bytes]:
     """Configs, tokenizer and templates of a checkpoint directory or hub name: {file name: content}."""
-    folder, kinds = Path(path), ["*.json", "*.jinja", "*.txt"]
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns=kinds))
-    return {file.name: file.read_bytes() for kind in kinds for file in folder.glob(kind)
+    folder = checkpoint_folder(path)
+    return {file.name: file.read_bytes() for kind in TEXTS for file in folder.glob(kind)
             if file.name != "state.json" and not file.name.endswith(".index.json")}     # an index names other weights
+
+
+def render(tokenizer, messages: list[dict], ask: bool = True) -> str:
+    """Chat messages as the template writes them; `ask`: with the beginning of the answer. UserError if it cannot."""
+    try:
+        with limits("the chat template of the base model"):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except UserError:
+        raise
+    except Exception as error:                          # not narrower: a template may raise anything
+        raise UserError(f"the chat template of the base model fails: {str(error).split(chr(10))[0]}") from error
+    if len(text) > 10_000_000:
+        raise UserError(f"the chat template of the base model makes {len(text):,} characters of a chat.")
+    return text
 
 
 def _places_images(tokenizer) -> bool:
     """Whether the chat template has a place for an image; that of Qwen's text models fails on a list of parts."""
-    turn = {"role": "user", "content": [{"type": "image"}]}
     try:
-        return "<|image_pad|>" in tokenizer.apply_chat_template([turn], tokenize=False)
-    except Exception:                                   # not narrower: a template may raise anything
+        return "<|image_pad|>" in render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}])
+    except UserError:
         return False
 
 

@@ -1,24 +1,23 @@
 """A run on one rank: what it is made of, its directory, its log, its checkpoints. No equation of the method is here.
 
-    RUN/config.json         settings that the run was begun with
+    RUN/config.json         settings, data and base model that the run was begun with (tools/identity.py)
     RUN/metrics.jsonl       one line a step
     RUN/results.json        one row an evaluation; RUN/predictions/ROW.jsonl has every answer of it
-    RUN/checkpoints/N       to resume from: weights, optimizer and state after N steps; the last --keep of them
+    RUN/checkpoints/N       to resume from: weights, optimizer, log and state after N steps; the last --keep of them
     RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
     RUN/rejected-N.jsonl    what rejection sampling kept for stage N
 
-Whatever is written is complete or absent: written aside (.writing-..), synced, renamed.
+Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's state.json has a
+digest of each of its files, and is believed only if all of them fit; else the one before is taken. What a run wrote
+after the checkpoint that it continues from is taken back: it will be written again.
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import torch
@@ -28,18 +27,14 @@ from data import batch_indices
 from distributed import RunError, UserError, gather, one_line, say, world
 from engine import forbidden_bias, image_features, load_policy, pack
 from sample import evaluate, read_jsonl, results_table
+from tools.accept import named, not_finite
+from tools.endings import signals
+from tools.files import clear_leftovers, digest, fault, read_record, sync, write_aside, write_record
+from tools.identity import check_out, made_of
 from tools.report import Reporter
 
 # What a checkpoint keeps of a Run beside weights and optimizer: attributes, by name.
-SAVED = ("global_step", "recent", "skipped", "bad_in_a_row")
-# Settings that change time, memory and where numbers go, and nothing else: a resumed run may have others.
-HARMLESS = {"resume", "allow_changes", "out", "threads", "timeout_minutes", "save_every", "keep", "sample_every",
-            "micro_batch", "max_rows", "eval_rows", "checkpoint_activations", "offload", "check",
-            "report_to"}
-
-
-class Stopped(Exception):
-    """SIGTERM arrived and everything worth keeping is saved."""
+SAVED = ("global_step", "recent", "skipped", "bad_in_a_row", "results")
 
 
 class Run:
@@ -65,21 +60,13 @@ class Run:
         self.recent = []                    # accuracy rewards of the stage's last steps, --advance_at  (SAVED)
         self.skipped = 0                    # steps skipped because their gradient was not finite       (SAVED)
         self.bad_in_a_row = 0               # of them without a good one in between                     (SAVED)
+        self.results = []                   # rows of results.json: one an evaluation                   (SAVED)
         self.grad_norm = 0.0                # of the last step, before clipping
         self.learning_rate = 0.0            # of the last step
 
-        self.stopping = False               # SIGTERM has arrived on some rank
+        self.stopping = False               # a signal has arrived on some rank
         self.bar = None                     # progress bar of the stage, where somebody watches
         self.report = Reporter(cfg.report_to)  # on every rank, so that all find it missing; rank 0 starts it
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, *_):
-        self.stopping = True
-
-    def check_stop(self, *_):
-        """Raise Stopped if SIGTERM has arrived: for long work that keeps its own progress."""
-        if self.stopping:
-            raise Stopped
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -143,11 +130,11 @@ class Run:
             self.bad_in_a_row = 0
         else:
             self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+            say(f"{stage.name}, step {step + 1}: the gradient is not finite, so the step is skipped ({self.skipped} so far)")
         self.optimizer.zero_grad()
         if self.bad_in_a_row >= 5:
-            raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a row. The "
-                           f"last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher "
-                           "--beta and --allow_changes.")
+            raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a row. "
+                           f"{self.way_back()}")
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
@@ -156,8 +143,8 @@ class Run:
 
         stats: {name: (sum, count)} of this rank. seconds: {"rollout" and "update", or "update": seconds of this rank}.
         """
-        reports = gather((stats, seconds, self.stopping))
-        self.stopping = any(stopping for _, _, stopping in reports)  # all ranks stop together
+        reports = gather((stats, seconds, signals.arrived()))
+        self.stopping = any(number for _, _, number in reports)  # all ranks stop together
         self.global_step += 1
         totals = {}
         for sums, _, _ in reports:
@@ -174,7 +161,7 @@ class Run:
                **{f"seconds_{name}": value for name, value in slowest.items()},
                "tokens_per_second": tokens / slowest["rollout" if rollout else "update"]}
         if self.rank == 0:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+            rounded = {k: rounded_or_none(v) if isinstance(v, float) else v for k, v in row.items()}
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(rounded) + "\n")
             self.report(rounded)
@@ -214,6 +201,11 @@ class Run:
         found = latest_checkpoint(self.out)
         return found[0] if found else "the base model"
 
+    def way_back(self):
+        """What to do when numbers have run away."""
+        return (f"The last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher --beta and "
+                "--allow_changes.")
+
     def save_within(self, stage, done):
         """A checkpoint to resume from after `done` steps of a stage, its optimizer included."""
         self.save(self.out / "checkpoints" / f"{self.global_step:07d}", stage.index, done)
@@ -221,30 +213,30 @@ class Run:
     def save(self, path, stage_index, stage_step):
         """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens meanwhile."""
         path, aside = Path(path), Path(path).with_name(f".writing-{Path(path).name}")
-        problem = None
+        if bad := not_finite(self.policy):  # the same on every rank
+            raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are not saved. "
+                           f"{self.way_back()}")
         if self.rank == 0:
-            sync(self.out / "metrics.jsonl")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         gather(None)  # the folder exists for everybody
+        problem, files = None, {}
         try:
-            if self.rank == 0:
-                self.policy.save_pretrained(aside)
-                self.processor.save_pretrained(aside)
-                state = {"stage": stage_index, "stage_step": stage_step, **{name: getattr(self, name) for name in SAVED}}
-                (aside / "state.json").write_text(json.dumps(state))
-            if stage_step:
-                torch.save(self.optimizer.state_dict(), aside / f"optimizer-{self.rank}.pt")
+            files = self.write_share(aside, stage_step)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of them
             problem = f"{path} could not be written ({str(error).splitlines()[0]})"
-        if any(problems := gather(problem)):
+        shares = gather((problem, files))
+        if any(problem for problem, _ in shares):
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise RunError(f"{next(filter(None, problems))}. Make room and continue with --resume; "
+            raise RunError(f"{next(problem for problem, _ in shares if problem)}. Make room and continue with --resume; "
                            f"the last complete checkpoint is {self.last_checkpoint()}.")
         if self.rank == 0:
-            for file in aside.iterdir():
-                sync(file)
+            kept = {file.name: digest(file) for file in self.out.glob("rejected-*.jsonl")}
+            write_record(aside / "state.json", {
+                "stage": stage_index, "stage_step": stage_step, "stages": self.cfg.stages, "kept": kept,
+                "files": {name: value for _, share in shares for name, value in share.items()},
+                **{name: getattr(self, name) for name in SAVED}})
             sync(aside)
             if path.exists():
                 shutil.rmtree(path)
@@ -254,54 +246,105 @@ class Run:
                 shutil.rmtree(old)
         gather(None)
 
+    def write_share(self, folder, with_optimizer):
+        """Write this rank's files of a checkpoint; returns {name: digest} of them."""
+        mine = [folder / f"optimizer-{self.rank}.pt"] if with_optimizer else []
+        if mine:
+            torch.save(self.optimizer.state_dict(), mine[0])
+        if self.rank == 0:
+            self.policy.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            shutil.copyfile(self.out / "metrics.jsonl", folder / "metrics.jsonl")
+            mine += [file for file in folder.iterdir() if not file.name.startswith("optimizer-")]
+        for file in mine:
+            sync(file)
+        return {file.name: digest(file) for file in mine}
+
+    # -- begin or continue --------------------------------------------------------------------------------------------
+
     def resume(self):
-        """Load the newest complete checkpoint, or the base model; returns (stage index, steps done in that stage)."""
-        found = latest_checkpoint(self.out)
-        if not found:
-            self.load_weights(self.cfg.model)
-            state = {"stage": 0, "stage_step": 0}
-        else:
-            path, state = found
-            self.load_weights(path)
-            for name in SAVED:
-                setattr(self, name, state[name])
-            self.optimizer_files = sorted(path.glob("optimizer-*.pt"))
-        if len(set(gather((state["stage"], state["stage_step"])))) > 1:
-            raise UserError(f"--out {self.out} must be a directory that all nodes share; theirs differ")
-        if state["stage"] > len(self.cfg.curriculum):
-            raise UserError(f"--out {self.out} has already finished more stages than --stages names")
-        if self.rank == 0 and (self.out / "metrics.jsonl").exists():  # drop what was logged after the checkpoint
-            rows = read_jsonl(self.out / "metrics.jsonl")
-            write_aside(self.out / "metrics.jsonl",
-                        "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= self.global_step))
+        """Begin the run directory, or continue from its furthest whole checkpoint; returns (stage index, steps done in it).
+
+        UserError if --out cannot be begun or continued, if anything but HARMLESS settings is not as it was, or if the
+        base model cannot be trained; nothing is written before all of that is known.
+        """
+        record, changed, found = None, [], None
+        if self.rank == 0:
+            examples = [e for rows in (*self.examples.values(), self.tests, self.questions) for e in rows]
+            record, changed = check_out(self.cfg, made_of(self.cfg, examples))
+            found = whole_checkpoint(self.cfg)
+        path, state = gather(found)[0] or (self.cfg.model, {"stage": 0, "stage_step": 0, "stages": []})
+        if not all(gather(Path(path).exists() or not found)):
+            raise UserError(f"--out {self.out} must be a directory that all nodes share; on some, {path} is missing")
+        check_stages(self.cfg, state)
+        self.load_weights(path)
+        for name in SAVED:
+            setattr(self, name, state.get(name, getattr(self, name)))
+        self.optimizer_files = [path / name for name in state.get("files", ()) if name.startswith("optimizer-")]
+        if self.rank == 0:
+            self.take_back(path, state, changed)
+            if changed:
+                record["changes"].append({"after_step": self.global_step, "changed": changed})
+            write_record(self.out / "config.json", record)
+        self.results = gather(self.results)[0]
         return state["stage"], state["stage_step"]
+
+    def take_back(self, path, state, changed):
+        """Make the run directory what it was at the checkpoint, and the evaluation after it if that is whole."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self.out)
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        if self.global_step:
+            write_aside(self.out / "metrics.jsonl", (path / "metrics.jsonl").read_text())
+        first = state["stage"] + (0 if changed and not state["stage_step"] else 1)  # answers of other settings, or later ones
+        for file in self.out.glob("rejected-*.jsonl*"):
+            if int(file.name.split("-")[1].split(".")[0]) > first:
+                file.unlink()
+        self.results = self.whole_results(state)
+        if self.results or (self.out / "results.json").exists():
+            write_record(self.out / "results.json", {"rows": self.results})
+
+    def whole_results(self, state):
+        """Rows of results.json up to the checkpoint; the evaluation of the checkpoint itself only if all of it is whole."""
+        rows, file = state.get("results", []), self.out / "results.json"
+        own = "base" if not state["stage"] else self.cfg.curriculum[state["stage"] - 1].label
+        if file.exists() and not state["stage_step"]:
+            try:
+                rows = rows + [row for row in read_record(file)["rows"] if row["name"] == own][:1]
+            except UserError as error:
+                say(f"{error}; its last evaluation is made again")
+        for row in list(rows):
+            if problem := fault(self.out / "predictions", {f"{row['name']}.jsonl": row["predictions"]}):
+                again = row["name"] == own and not state["stage_step"]
+                say(f"{self.out / 'predictions'}: {problem}{', so that the evaluation is made again' if again else ''}")
+                rows = [other for other in rows if other is not row or not again]
+        return rows
 
     # -- results ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, name):
         """Greedy accuracy on every test split; adds a row to results.json unless it is there already."""
-        file = self.out / "results.json"
-        rows = json.loads(file.read_text())["rows"] if self.rank == 0 and file.exists() else []
-        if gather(not self.tests or name in [row["name"] for row in rows])[0]:
+        if not self.tests or name in [row["name"] for row in self.results]:
             return
         splits, predictions = evaluate(
             self.policy, self.processor, self.tests, max_completion_length=self.cfg.max_completion_length,
-            max_rows=self.cfg.eval_rows, on_finish=self.check_stop, description=f"evaluate {name}")
+            max_rows=self.cfg.eval_rows, on_finish=signals.check, description=f"evaluate {name}")
+        row = {"name": name, "splits": splits}
         if self.rank == 0:
-            (self.out / "predictions").mkdir(exist_ok=True)
-            write_aside(self.out / "predictions" / f"{name}.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
-            write_aside(file, json.dumps({"rows": rows + [{"name": name, "splits": splits}]}, indent=1))
+            file = self.out / "predictions" / f"{name}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            write_aside(file, "".join(json.dumps(p) + "\n" for p in predictions))
+            row["predictions"] = digest(file)
+            write_record(self.out / "results.json", {"rows": self.results + [row]})
             self.report.results(self.global_step, splits)
-        gather(None)
-
+        self.results = self.results + gather(row)[:1]
 
     def finish(self):
         """Draw the pictures; print the table, and where everything lies."""
         from tools.pictures import curves, sheet  # drawing is needed once, at the end
         curves([self.out], self.out / "curves.png", "reward" if any(s.forms for s in self.cfg.curriculum) else "loss")
-        if self.tests:
-            last = json.loads((self.out / "results.json").read_text())["rows"][-1]["name"]
-            rows = read_jsonl(self.out / "predictions" / f"{last}.jsonl")
+        if self.results:
+            rows = read_jsonl(self.out / "predictions" / f"{self.results[-1]['name']}.jsonl")
             sheet(random.Random(0).sample(rows, min(24, len(rows))), self.out / "sheet.png")
             print(results_table([self.out]))
         pictures = " ".join(map(str, sorted(self.out.glob("*.png"))))
@@ -322,46 +365,53 @@ def learning_rate(cfg, stage, step, base):
     return base * (0.5 + 0.5 * math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else base
 
 
+def rounded_or_none(value):
+    """Six digits of a number; None where it is not finite, which JSON has no word for."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def checkpoints(out):
+    """[(path, state)] of a run's checkpoints whose state.json can be read, the furthest first; [sentence] on the others."""
+    found, faults = [], []
+    for path in (path for folder in ("checkpoints", "stages") for path in Path(out).glob(f"{folder}/[0-9]*")):
+        try:
+            found.append((path, read_record(path / "state.json")))
+        except UserError as error:
+            faults.append(str(error))
+    return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
+
+
 def latest_checkpoint(out):
-    """(path, state) of the furthest complete checkpoint of a run, or None."""
-    found = [(path.parent, json.loads(path.read_text())) for folder in ("checkpoints", "stages")
-             for path in Path(out).glob(f"{folder}/[0-9]*/state.json")]
-    return max(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), default=None)
+    """(path, state) of the furthest checkpoint, or None; its files are not looked at."""
+    return next(iter(checkpoints(out)[0]), None)
 
 
-def prepare_out(cfg):
-    """Create the run directory, or check that the one to resume was begun with the same settings."""
-    out = Path(cfg.out)
-    settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    if (out / "config.json").exists():
-        if not cfg.resume:
-            raise UserError(f"--out {out} holds a run already; continue it with --resume or name another directory")
-        before = json.loads((out / "config.json").read_text())
-        changed = [f"--{name} was {before.get(name)!r}, is {settings[name]!r}" for name in settings
-                   if name not in HARMLESS and before.get(name) != settings[name]]
-        if changed and not cfg.allow_changes:
-            raise UserError("these settings differ from those the run began with:\n  " + "\n  ".join(changed)
-                            + "\nResume with the old ones, or add --allow_changes")
-    elif cfg.resume:
-        raise UserError(f"--out {out} holds no run to resume")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} exists and is not empty; name another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / "config.json", json.dumps(settings, indent=1))
+def whole_checkpoint(cfg):
+    """(path, state) of the furthest checkpoint whose files are all what was written, or None. Says which are not."""
+    found, faults = checkpoints(cfg.out)
+    for sentence in faults:
+        say(f"{sentence}; that checkpoint is left out")
+    for path, state in found:
+        needed = {f"rejected-{state['stage'] + 1}.jsonl"} if state["stage_step"] else set()
+        problem = fault(path, state["files"]) or fault(cfg.out, {n: d for n, d in state["kept"].items() if n in needed})
+        if not problem:
+            return path, state
+        say(f"{path} is damaged ({problem}); the checkpoint before it is taken")
+    if found or faults:
+        say(f"no checkpoint of {cfg.out} is whole: the run starts again from the base model")
+    return None
 
 
-def write_aside(path, text):
-    """Write a small file so that it is complete or unchanged."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
-    sync(aside)
-    aside.rename(path)
-
-
-def sync(path):
-    """Flush a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_stages(cfg, state):
+    """UserError unless --stages has the finished stages as they were trained, and room for the one that is under way."""
+    was, now, n = list(state["stages"]), list(cfg.stages), state["stage"]
+    for i in range(n):
+        if was[i:i + 1] != now[i:i + 1]:
+            raise UserError(f"--out {cfg.out}: stage {i + 1} is finished as {was[i]}, but --stages has "
+                            f"{now[i] if i < len(now) else 'nothing'} in its place. Leave it as it was; what is to be trained "
+                            "besides is a stage of its own after the finished ones")
+    if state["stage_step"]:
+        stage = cfg.curriculum[n] if n < len(now) else None
+        if not stage or stage.name != was[n].split(":")[0] or stage.steps < state["stage_step"]:
+            raise UserError(f"--out {cfg.out}: {state['stage_step']} steps of stage {n + 1} are taken as {was[n]}, but "
+                            f"--stages has {now[n] if stage else 'nothing'} in its place")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 import data
 import tasks
@@ -338,6 +340,23 @@ def test_derive_refuses_what_it_cannot_do():
 
 # ---- Prompts and tokens ----
 
+def test_a_base_whose_tags_are_special_tokens_is_refused(tmp_path):
+    """Decoding leaves special tokens out, so no reward would ever see a <think>."""
+    path = tiny_checkpoint(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    with pytest.raises(UserError, match="<think> and </think> are special tokens"):
+        Processor.from_pretrained(path)
+
+
+def test_no_special_token_but_an_end_can_hide_in_an_answer(processor):
+    forbidden = set(processor.forbidden_ids(400))
+    assert {processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("im_start", "box_start", "image_pad")} <= forbidden
+    assert not forbidden & set(processor.end_ids) and not forbidden & set(processor.response_ids("<|im_start|> <think>a</think>"))
+
+
+
 def test_prompt_holds_one_token_for_four_patches(tmp_path, processor):
     paths = tuple(str(tiny_image(tmp_path / f"{n}.png", size)) for n, size in enumerate([(84, 56), (200, 100)]))
     example = Example(problem="Which is red?", solution="", images=paths, form="binary")
@@ -359,10 +378,10 @@ def test_text_cannot_forge_special_tokens(processor):
         assert processor.decode(ids) == f"a{token}b"
 
 
-def test_forbidden_ids_cover_vision_tokens_and_padded_vocabulary(processor):
+def test_forbidden_ids_cover_special_tokens_and_padded_vocabulary(processor):
     ids = processor.forbidden_ids(448)
     names = {processor.tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(processor.tokenizer)}
-    assert names == {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"}
+    assert names == set(SPECIAL) - {"<|im_end|>", "<|endoftext|>"}
     assert set(range(len(processor.tokenizer), 448)) < set(ids) and not set(processor.end_ids) & set(ids)
 
 

@@ -1,10 +1,8 @@
-"""Evaluation, pass@k, the judge and rejection sampling, and the command line around them."""
+"""Evaluation, pass@k, rejection sampling, and the command line around them."""
 
 import itertools
 import json
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -12,10 +10,12 @@ from PIL import Image
 from tools.tiny import tiny_checkpoint, tiny_data
 
 import sample
-from data import Example, UserError, find_files, load_examples
+from data import Example, find_files, load_examples
+from distributed import RunError, UserError
 from engine import Completion, load_policy
 from rewards import is_correct
-from sample import Judge, evaluate, kept_examples, main, parse_score, pass_at_k, rejection_sample, summarize
+from sample import evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize
+from tools.judge import Judge
 
 RIGHT, WRONG = "<think>1 + 1 = 2</think><answer>2</answer>", "<think>hm</think><answer>3</answer>"
 CASE = Example(problem="1 + 1?", solution="<answer>2</answer>")
@@ -83,77 +83,6 @@ def test_evaluation_really_generates_and_is_repeatable(world):
 # The judge
 
 
-@pytest.fixture
-def endpoint():
-    """A chat endpoint that answers from a list, the last for ever; records requests."""
-    replies, seen = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            seen.append((dict(self.headers), json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            body = replies.pop(0) if len(replies) > 1 else replies[0]
-            body = body if isinstance(body, bytes) else json.dumps({"choices": [{"message": {"content": body}}]}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1/chat/completions", replies, seen
-    server.shutdown()
-
-
-@pytest.mark.parametrize("reply, score", [('{"score": 90}', 90), ('Sure!\n```json\n{"score": 0.5}\n```', 0.5), ('{"score": 100}', 100)])
-def test_scores_are_read_out_of_prose(reply, score):
-    assert parse_score(reply) == score
-
-
-@pytest.mark.parametrize("reply", [
-    "", "90", "{}", "}{", '{"score": 101}', '{"score": -1}', '{"score": NaN}', '{"score": Infinity}', '{"score": true}',
-    '{"score": "90"}', '{"score": null}', '{"score": [90]}', '{"score": 1e999}', "{" * 100_000, None,
-    '{"score": {"score": 90}}', '{"score": __import__("os")}', "[" * 50_000 + "]" * 50_000])
-def test_anything_else_is_no_score(reply):
-    with pytest.raises((ValueError, KeyError, TypeError, RecursionError)):
-        parse_score(reply)
-
-
-def test_a_malformed_reply_is_asked_again_then_is_no_score(endpoint, monkeypatch):
-    url, replies, seen = endpoint
-    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
-    judge = Judge(url, "judge-1")
-    replies[:] = ["I will not", b"\x00garbage", '{"score": 88}']
-    assert judge(RIGHT, CASE) == 88 and len(seen) == 3
-    for hostile in (b"", b"[]", b"{}", b'{"choices": []}', b"[" * 100_000, b"\xff\xfe", b'{"choices": [{"message": {"content": 7}}]}'):
-        replies[:] = [hostile]
-        assert judge(RIGHT, CASE) is None
-    assert seen[0][1]["model"] == "judge-1" and json.loads(seen[0][1]["messages"][1]["content"])["answer"] == RIGHT
-
-
-def test_the_key_comes_from_the_environment_and_stays_out_of_sight(endpoint, monkeypatch, capsys):
-    url, replies, seen = endpoint
-    monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
-    replies[:] = ['{"score": 88}']
-    judge = Judge(url)
-    assert judge(RIGHT, CASE) == 88 and seen[0][0]["Authorization"] == "Bearer secret-key"
-    replies[:] = ["no"]
-    with pytest.raises(UserError) as error:
-        judge.probe()
-    assert "secret-key" not in str(error.value) + str(vars(judge)) + "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "no url", "ftp://x/"])
-def test_an_endpoint_that_does_not_answer_is_a_sentence_before_any_sampling(world, tmp_path, url, monkeypatch):
-    policy, processor, _, _, questions = world
-    monkeypatch.setattr(sample.time, "sleep", lambda _: None)
-    monkeypatch.setattr(sample, "generate", None)
-    with pytest.raises(UserError, match="judge_url"):
-        rejection_sample(policy, processor, questions, tmp_path / "kept.jsonl", judge=Judge(url, timeout=1))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rejection sampling
 
@@ -180,8 +109,9 @@ def test_the_best_answer_above_the_threshold_is_kept(world, scripted, tmp_path):
     out = tmp_path / "kept.jsonl"
     assert rejection_sample(policy, processor, plain, out, judge=judge, samples=2) == 2
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["question"], row["messages"][-1]["content"], row["score"]) for row in rows] == \
-        [(0, "good", 90.0), (2, "better", 95.0)]
+    keys = question_keys(plain)
+    assert [(row["question"], row["messages"][-1]["content"], row["score"], row["judge"]) for row in rows] == \
+        [(keys[0], "good", 90.0, "rules"), (keys[2], "better", 95.0, "rules")]
     assert [e.solution for e in kept_examples(out, plain)] == ["good", "better"]
     assert kept_examples(out, plain)[0] == replace(plain[0], solution="good"), "asked again exactly as it was"
     assert load_examples(out, image_root="/", allow_outside=True)[0].task == "general", "and the file is chat JSONL"
@@ -192,29 +122,72 @@ def test_the_reference_competes_where_it_has_reasoning(world, scripted, tmp_path
     reference = replace(questions[0], solution="<think>because</think><answer>7</answer>")
     scripted(lambda i, s: "weak")
     judge = Scripted({"weak": 86.0, reference.solution: 99.0, "bare": 99.0})
-    rejection_sample(policy, processor, [reference, replace(reference, solution="bare")], tmp_path / "k.jsonl", judge=judge)
-    assert [e.solution for e in kept_examples(tmp_path / "k.jsonl", [reference] * 2)] == [reference.solution, "weak"]
+    both = [reference, replace(reference, solution="bare")]
+    rejection_sample(policy, processor, both, tmp_path / "k.jsonl", judge=judge)
+    assert [e.solution for e in kept_examples(tmp_path / "k.jsonl", both)] == [reference.solution, "weak"]
 
 
-def test_a_question_without_a_score_is_asked_again_and_another_threshold_counts(world, scripted, tmp_path, capsys):
+def test_an_outage_of_the_judge_costs_no_sample(world, scripted, tmp_path):
     policy, processor, _, _, questions = world
     scripted(lambda i, s: "fine")
     out, plain = tmp_path / "kept.jsonl", [replace(q, solution="x") for q in questions[:3]]
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": None}), samples=1) == 0
-    assert "3 of 3 questions got no score" in capsys.readouterr().err
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": 80.0}), samples=1) == 0
+    with pytest.raises(RunError, match="0 of 6 scores.*--resume"):
+        rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": None}), samples=2)
+    assert not out.exists()
     scripted(lambda i, s: pytest.fail("nothing is left to sample"))
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({}), samples=1, threshold=50) == 3
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": 80.0}), samples=2) == 0
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({}), samples=2, threshold=50) == 3
+
+
+def test_scores_that_were_had_are_not_asked_for_again(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: f"answer {s}")
+    out, plain = tmp_path / "kept.jsonl", [replace(questions[0], solution="x")]
+    with pytest.raises(RunError, match="1 of 2 scores"):
+        rejection_sample(policy, processor, plain, out, judge=Scripted({"answer 0": 86.0, "answer 1": None}), samples=2)
+    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"answer 0": 0.0, "answer 1": 99.0}), samples=2) == 1
+    assert json.loads(out.read_text())["messages"][-1]["content"] == "answer 1"
+    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl.rank-0.partial").read_text().split("\n") if line]
+    assert rows[-1]["scores"] == [86.0, 99.0] and rows[-1]["answers"] == ["answer 0", "answer 1"], "every answer is kept"
 
 
 def test_a_torn_line_costs_one_question(world, scripted, tmp_path):
     policy, processor, _, _, questions = world
-    out, asked = tmp_path / "kept.jsonl", []
+    out, asked, keys = tmp_path / "kept.jsonl", [], question_keys(questions[:3])
     (tmp_path / "kept.jsonl.rank-0.partial").write_text(
-        "\n" + json.dumps({"index": 0, "answer": "a", "score": 90.0, "scored": 1}) + '\n{"index": 1, "ans')
+        "\n" + json.dumps({"key": keys[0], "answers": ["a"], "scores": [90.0]}) + '\n{"key": "' + keys[1] + '", "ans')
     scripted(lambda i, s: asked.append(i) or "fine")
     assert rejection_sample(policy, processor, questions[:3], out, judge=Scripted({"fine": 91.0}), samples=1) == 3
-    assert len(asked) == 2 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == [0, 1, 2]
+    assert len(asked) == 2 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == keys
+
+
+def test_kept_answers_meet_their_questions_by_what_these_say_never_by_place(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: f"<think>about {i}</think>")
+    out, plain = tmp_path / "kept.jsonl", [replace(q, solution="x") for q in questions]
+    rejection_sample(policy, processor, plain, out, judge=Scripted({f"<think>about {i}</think>": 90.0 for i in range(9)}), samples=1)
+    there = {e.problem + str(e.images): e.solution for e in kept_examples(out, plain)}
+    assert {e.problem + str(e.images): e.solution for e in kept_examples(out, plain[::-1])} == there
+    scripted(lambda i, s: pytest.fail("reversing the questions costs no sample"))
+    assert rejection_sample(policy, processor, plain[::-1], out, judge=Scripted({}), samples=1) == len(plain)
+    with pytest.raises(UserError, match="kept from other questions: 1 of its"):
+        kept_examples(out, plain[1:])
+
+
+def test_the_kept_file_holds_each_question_as_it_was_asked(world, scripted, tmp_path):
+    """Earlier turns, and the places of images: other trainers refuse rows whose images have none."""
+    policy, processor, _, _, questions = world
+    scripted(lambda i, s: "<think>so</think><answer>1</answer>")
+    two = next(q for q in questions if len(q.images) == 2)
+    asked = [replace(questions[0], solution="x", history=(("user", "And before?"), ("assistant", "Yes."))), replace(two, solution="x")]
+    out = tmp_path / "kept.jsonl"
+    rejection_sample(policy, processor, asked, out, samples=1, threshold=0, judge=Scripted({"<think>so</think><answer>1</answer>": 9.0}))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [m["role"] for m in rows[0]["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert sum(m["content"].count("<image>") for m in rows[1]["messages"]) == 2 == len(rows[1]["images"])
+    read = load_examples(out, image_root="/", allow_outside=True)
+    for again, question in zip(read, asked):
+        assert processor(again).input_ids.tolist() == processor(question).input_ids.tolist(), "read back as it was asked"
 
 
 def test_the_rules_never_keep_a_wrong_answer(world, scripted, tmp_path):

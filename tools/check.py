@@ -6,7 +6,6 @@ import torch
 
 from distributed import one_line, say
 from engine import generate
-from sample import Judge
 
 
 def check(run):
@@ -22,8 +21,6 @@ def check(run):
             f"tokens, median {lengths[len(lengths) // 2]}\n    {rows[0].where}: {one_line(rows[0].problem)}\n"
             f"    truth: {one_line(rows[0].solution)}")
     examples = [rows[0] for rows in run.examples.values()] or run.questions[:1]
-    if run.questions:
-        Judge(cfg.judge_url, cfg.judge_model).probe()
     prompts = run.prompts(examples)
     started = time.perf_counter()
     completions = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length,

@@ -1,0 +1,99 @@
+"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are read again."""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distributed import UserError
+
+BLOCK = 2**24  # bytes that are hashed at a time
+
+
+def write_aside(path, text):
+    """Write a small file so that it is complete or unchanged."""
+    aside = path.with_name(f".writing-{path.name}")
+    aside.write_text(text)
+    sync(aside)
+    aside.rename(path)
+
+
+def sync(path):
+    """Flush a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_leftovers(out):
+    """Remove what killed processes had begun to write below the directory `out`."""
+    for path in list(Path(out).rglob(".writing-*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def digest(path):
+    """SHA-256 of a file as hex; of one above BLOCK that of its blocks' SHA-256s, which are made side by side.
+
+    A checkpoint of 50 GB would take a minute and more in one piece.
+    """
+    def hashed(start):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(BLOCK))
+    starts = range(0, max(1, os.path.getsize(path)), BLOCK)
+    if len(starts) == 1:
+        return hashed(0).hexdigest()
+    with ThreadPoolExecutor(8) as pool:
+        return hashlib.sha256(b"".join(block.digest() for block in pool.map(hashed, starts))).hexdigest()
+
+
+def fault(folder, files):
+    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None if nothing."""
+    for name, expected in files.items():
+        try:
+            if digest(Path(folder) / name) != expected:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def seal(value):
+    """Digest of a JSON value, however it is spelled."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(value):
+    """A dict with its own digest under "sha256", for `unsealed`."""
+    return {**value, "sha256": seal(value)}
+
+
+def unsealed(value):
+    """The dict that was `sealed`; ValueError, KeyError, TypeError or AttributeError if it is another one."""
+    rest = {name: part for name, part in value.items() if name != "sha256"}
+    if value["sha256"] != seal(rest):
+        raise ValueError("its digest is that of another content")
+    return rest
+
+
+def write_record(path, value):
+    """Write a dict as JSON that carries its own digest, for `read_record`."""
+    write_aside(path, json.dumps(sealed(value), indent=1))
+
+
+def read_record(path):
+    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another one."""
+    try:
+        return unsealed(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
