@@ -31,12 +31,11 @@ import argparse
 import dataclasses
 import inspect
 import re
-import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,10 +46,12 @@ from data import FORMS, Example, Processor, Prompt, load_data, refuse_long_promp
 from distributed import RunError, ShardedAdamW, UserError, gather, join_ranks, leave, say, world
 from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: F401 (load_policy: for who imports it here)
 from rewards import accuracy_reward, format_reward
-from run import Run, Stopped, prepare_out, write_aside
+from run import Run, write_aside
 from sample import Judge, kept_examples, rejection_sample
 from tasks import TASKS
+from tools.accept import base_config
 from tools.card import write_cards
+from tools.endings import Stopped, ending, signals
 from tools.memory import check_memory, memory_needed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,9 +385,6 @@ def train(cfg):
     if cfg.check:
         from tools.check import check  # needs this file
         return check(run)
-    if run.rank == 0:
-        prepare_out(cfg)
-    gather(None)
     reached, done = run.resume()
     if run.rank == 0:
         run.report.start(run.out, dataclasses.asdict(cfg), run.global_step)
@@ -398,8 +396,9 @@ def train(cfg):
         done = done if stage.index == reached else 0
         if stage.name == "reject":
             run.examples["reject"] = self_improve(run, stage, done)
-        train_stage(run, stage, done)
-        run.save(run.stage_dir(stage.index), stage.index + 1, 0)
+        with signals.held():
+            train_stage(run, stage, done)
+            run.save(run.stage_dir(stage.index), stage.index + 1, 0)
         run.evaluate(stage.label)
     if run.rank == 0:
         write_cards(run, write_aside)
@@ -419,8 +418,7 @@ def begin(cfg):
     examples = {name: refuse_long_prompts(cfg, processor, rows) for name, rows in examples.items()}
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
     longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
-    config = transformers.AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
-    check_memory(memory_needed(config, cfg, world()[1], longest), cfg)
+    check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
     if questions:
         Judge(cfg.judge_url, cfg.judge_model).probe()  # better now than after all RL stages
     return Run(cfg, device, examples, tests, questions)
@@ -451,7 +449,8 @@ def train_stage(run, stage, done):
             break
         if run.stopping or (step + 1) % run.cfg.save_every == 0:
             run.save_within(stage, step + 1)
-        run.check_stop()
+        if run.stopping:
+            raise Stopped
     if run.bar is not None:
         run.bar.close()
 
@@ -475,7 +474,7 @@ def self_improve(run, stage, done):
     count = rejection_sample(
         run.policy, run.processor, run.questions, kept, judge=Judge(cfg.judge_url, cfg.judge_model),
         samples=cfg.reject_samples, threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
-        max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=run.check_stop)
+        max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=signals.check)
     say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}")
     if not count:
         raise RunError(f"{stage.name}: no answer scored above --reject_threshold {cfg.reject_threshold:g}, so there is "
@@ -508,19 +507,14 @@ def parse_args(argv=None):
 def main(argv=None):
     """Command line; exits with 2 and a sentence for a user's mistake, 1 for a run that cannot go on."""
     transformers.logging.disable_progress_bar()
-    try:
-        train(parse_args(argv))
-    except UserError as error:
-        leave(str(error), 1 if isinstance(error, RunError) else 2)
-    except Stopped:
-        leave("stopped by SIGTERM, everything is saved; continue with --resume", 128 + signal.SIGTERM)
-    except OSError as error:
-        leave(f"{error}; what was finished is kept, continue with --resume", 1)
-    except torch.OutOfMemoryError as error:
-        leave(f"out of GPU memory ({str(error).splitlines()[0]}). Lower --micro_batch or --max_rows, or add "
-              "--checkpoint_activations, and continue with --resume", 1)
-    except Exception:  # a defect of this program: its traceback, and no waiting for other ranks
-        leave(traceback.format_exc(), 1)
+    transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
+    with signals:
+        cfg = None
+        try:
+            cfg = parse_args(argv)
+            train(cfg)
+        except (Stopped, Exception) as error:
+            leave(*ending(error, begun=cfg is not None and Path(cfg.out, "config.json").exists()))
     if dist.is_initialized():
         dist.destroy_process_group()
 

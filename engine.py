@@ -16,27 +16,32 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from data import Processor
 from distributed import UserError
+from tools.accept import base_config, check_weights, first_line
 
 
 def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     """Read a Qwen2.5-VL directory or hub name; return (model in eval mode, processor).
 
     dtype: torch.bfloat16 on CUDA and torch.float32 elsewhere unless given. Only safetensors are read and no code from
-    the checkpoint is run. Raises UserError for anything that is not a Qwen2.5-VL checkpoint.
+    the checkpoint is run. UserError for what is not a whole Qwen2.5-VL checkpoint of finite floats (tools/accept.py).
     """
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    processor = Processor.from_pretrained(path, max_pixels)
+    base_config(path, processor)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type != "qwen2_5_vl":
-            raise UserError(f"{path}: a {config.model_type} model; --model needs a Qwen2.5-VL checkpoint")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:  # what transformers raises for missing and malformed checkpoints
-        raise UserError(f"{path}: cannot be loaded as a Qwen2.5-VL model: {str(error).splitlines()[0]}") from error
-    return attach_attention(model.to(device).eval()), Processor.from_pretrained(path, max_pixels)
+        model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # not narrower: a damaged file raises what its reader meets
+        raise UserError(f"{path}: cannot be loaded as a Qwen2.5-VL model: {first_line(error)}") from error
+    check_weights(path, model.to(device), loaded)
+    model.generation_config = GenerationConfig()  # the base's own file is copied; a contradiction in it stops no save
+    return attach_attention(model.eval()), processor
 
 
 # What this file puts where transformers does not expect it: two attention functions under names of their own; a Packed

@@ -28,8 +28,9 @@ from distributed import RunError, UserError, gather, one_line, say, world
 from engine import forbidden_bias, image_features, load_policy, pack
 from sample import evaluate, read_jsonl, results_table
 from tools.accept import named, not_finite
+from tools.checkpoints import check_stages, latest_checkpoint, take_back, whole_checkpoint
 from tools.endings import signals
-from tools.files import clear_leftovers, digest, fault, read_record, sync, write_aside, write_record
+from tools.files import digest, read_record, sync, write_aside, write_record
 from tools.identity import check_out, made_of
 from tools.report import Reporter
 
@@ -232,10 +233,10 @@ class Run:
             raise RunError(f"{next(problem for problem, _ in shares if problem)}. Make room and continue with --resume; "
                            f"the last complete checkpoint is {self.last_checkpoint()}.")
         if self.rank == 0:
-            kept = {file.name: digest(file) for file in self.out.glob("rejected-*.jsonl")}
             write_record(aside / "state.json", {
-                "stage": stage_index, "stage_step": stage_step, "stages": self.cfg.stages, "kept": kept,
+                "stage": stage_index, "stage_step": stage_step, "stages": self.cfg.stages,
                 "files": {name: value for _, share in shares for name, value in share.items()},
+                "rests_on": self.rests_on(stage_index) if stage_step else {},
                 **{name: getattr(self, name) for name in SAVED}})
             sync(aside)
             if path.exists():
@@ -260,65 +261,44 @@ class Run:
             sync(file)
         return {file.name: digest(file) for file in mine}
 
+    def rests_on(self, stage_index):
+        """{file of the run: digest} of what a checkpoint within a stage needs besides itself: kept answers, reference."""
+        files = {file.name: digest(file) for file in self.out.glob(f"rejected-{stage_index + 1}.jsonl")}
+        if self.reference is not None and self.cfg.reference == "stage" and stage_index:
+            folder = self.stage_dir(stage_index - 1)
+            files |= {f"stages/{folder.name}/{name}": value
+                      for name, value in read_record(folder / "state.json")["files"].items()}
+        return files
+
     # -- begin or continue --------------------------------------------------------------------------------------------
 
     def resume(self):
         """Begin the run directory, or continue from its furthest whole checkpoint; returns (stage index, steps done in it).
 
         UserError if --out cannot be begun or continued, if anything but HARMLESS settings is not as it was, or if the
-        base model cannot be trained; nothing is written before all of that is known.
+        base model cannot be trained. Nothing is written before all of that is known.
         """
         record, changed, found = None, [], None
         if self.rank == 0:
             examples = [e for rows in (*self.examples.values(), self.tests, self.questions) for e in rows]
             record, changed = check_out(self.cfg, made_of(self.cfg, examples))
-            found = whole_checkpoint(self.cfg)
-        path, state = gather(found)[0] or (self.cfg.model, {"stage": 0, "stage_step": 0, "stages": []})
-        if not all(gather(Path(path).exists() or not found)):
-            raise UserError(f"--out {self.out} must be a directory that all nodes share; on some, {path} is missing")
+            found = whole_checkpoint(self.out)
+        found = gather(found)[0]
+        path, state = found or (self.cfg.model, {"stage": 0, "stage_step": 0, "stages": [], "files": {}})
+        if not all(gather(not found or path.exists())):
+            raise UserError(f"--out {self.out} must be a directory that all nodes share; {path} is not on all of them")
         check_stages(self.cfg, state)
         self.load_weights(path)
         for name in SAVED:
             setattr(self, name, state.get(name, getattr(self, name)))
-        self.optimizer_files = [path / name for name in state.get("files", ()) if name.startswith("optimizer-")]
+        self.optimizer_files = [path / name for name in state["files"] if name.startswith("optimizer-")]
         if self.rank == 0:
-            self.take_back(path, state, changed)
+            take_back(self, path, state, changed)
             if changed:
                 record["changes"].append({"after_step": self.global_step, "changed": changed})
             write_record(self.out / "config.json", record)
         self.results = gather(self.results)[0]
         return state["stage"], state["stage_step"]
-
-    def take_back(self, path, state, changed):
-        """Make the run directory what it was at the checkpoint, and the evaluation after it if that is whole."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(self.out)
-        (self.out / "metrics.jsonl").unlink(missing_ok=True)
-        if self.global_step:
-            write_aside(self.out / "metrics.jsonl", (path / "metrics.jsonl").read_text())
-        first = state["stage"] + (0 if changed and not state["stage_step"] else 1)  # answers of other settings, or later ones
-        for file in self.out.glob("rejected-*.jsonl*"):
-            if int(file.name.split("-")[1].split(".")[0]) > first:
-                file.unlink()
-        self.results = self.whole_results(state)
-        if self.results or (self.out / "results.json").exists():
-            write_record(self.out / "results.json", {"rows": self.results})
-
-    def whole_results(self, state):
-        """Rows of results.json up to the checkpoint; the evaluation of the checkpoint itself only if all of it is whole."""
-        rows, file = state.get("results", []), self.out / "results.json"
-        own = "base" if not state["stage"] else self.cfg.curriculum[state["stage"] - 1].label
-        if file.exists() and not state["stage_step"]:
-            try:
-                rows = rows + [row for row in read_record(file)["rows"] if row["name"] == own][:1]
-            except UserError as error:
-                say(f"{error}; its last evaluation is made again")
-        for row in list(rows):
-            if problem := fault(self.out / "predictions", {f"{row['name']}.jsonl": row["predictions"]}):
-                again = row["name"] == own and not state["stage_step"]
-                say(f"{self.out / 'predictions'}: {problem}{', so that the evaluation is made again' if again else ''}")
-                rows = [other for other in rows if other is not row or not again]
-        return rows
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -368,50 +348,3 @@ def learning_rate(cfg, stage, step, base):
 def rounded_or_none(value):
     """Six digits of a number; None where it is not finite, which JSON has no word for."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def checkpoints(out):
-    """[(path, state)] of a run's checkpoints whose state.json can be read, the furthest first; [sentence] on the others."""
-    found, faults = [], []
-    for path in (path for folder in ("checkpoints", "stages") for path in Path(out).glob(f"{folder}/[0-9]*")):
-        try:
-            found.append((path, read_record(path / "state.json")))
-        except UserError as error:
-            faults.append(str(error))
-    return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
-
-
-def latest_checkpoint(out):
-    """(path, state) of the furthest checkpoint, or None; its files are not looked at."""
-    return next(iter(checkpoints(out)[0]), None)
-
-
-def whole_checkpoint(cfg):
-    """(path, state) of the furthest checkpoint whose files are all what was written, or None. Says which are not."""
-    found, faults = checkpoints(cfg.out)
-    for sentence in faults:
-        say(f"{sentence}; that checkpoint is left out")
-    for path, state in found:
-        needed = {f"rejected-{state['stage'] + 1}.jsonl"} if state["stage_step"] else set()
-        problem = fault(path, state["files"]) or fault(cfg.out, {n: d for n, d in state["kept"].items() if n in needed})
-        if not problem:
-            return path, state
-        say(f"{path} is damaged ({problem}); the checkpoint before it is taken")
-    if found or faults:
-        say(f"no checkpoint of {cfg.out} is whole: the run starts again from the base model")
-    return None
-
-
-def check_stages(cfg, state):
-    """UserError unless --stages has the finished stages as they were trained, and room for the one that is under way."""
-    was, now, n = list(state["stages"]), list(cfg.stages), state["stage"]
-    for i in range(n):
-        if was[i:i + 1] != now[i:i + 1]:
-            raise UserError(f"--out {cfg.out}: stage {i + 1} is finished as {was[i]}, but --stages has "
-                            f"{now[i] if i < len(now) else 'nothing'} in its place. Leave it as it was; what is to be trained "
-                            "besides is a stage of its own after the finished ones")
-    if state["stage_step"]:
-        stage = cfg.curriculum[n] if n < len(now) else None
-        if not stage or stage.name != was[n].split(":")[0] or stage.steps < state["stage_step"]:
-            raise UserError(f"--out {cfg.out}: {state['stage_step']} steps of stage {n + 1} are taken as {was[n]}, but "
-                            f"--stages has {now[n] if stage else 'nothing'} in its place")

@@ -143,7 +143,7 @@ def results_of(folder):
 def train(job, args):
     """Run or resume one job unless it is finished; UserError if it was begun with other settings."""
     from currreft import parse_args as settings
-    from run import prepare_out
+    from tools.identity import check_out
     resume = ["--resume"] if (job.folder / "config.json").exists() else []
     words = ["--model", job.base.model, "--data", job.base.data, "--out", str(job.folder), "--stages",
              *job.stages.split(), "--seed", str(job.seed), *shlex.split(f"{args.flags} {job.base.flags}"), *resume]
@@ -151,7 +151,7 @@ def train(job, args):
         program = ["bash", "train.sh"] if args.gpus else [sys.executable, "currreft.py"]
         call([*program, *words], job.folder.with_suffix(".log"), None if args.gpus else 1)
     elif resume:
-        prepare_out(settings(words))
+        check_out(settings(words))
 
 
 def in_domain(files, form):

@@ -20,6 +20,9 @@ def test_every_measure_runs_at_a_trivial_size(model):
         **bench.scaling(*model, "cpu", 1, P=40, C=2)}
     for separate in (False, True):
         bench.group_update(*model, P=40, C=3, G=2, separate=separate)()
+    varied = bench.varied_updates(*model, P=40, C=8, G=2, groups=3)
+    varied()
+    assert 3 * (20 + 2 * 2) <= varied.tokens <= 3 * (40 + 2 * 8)
     assert {"engine tok/s", "share of bandwidth", "rollout s", "reference s", "update s", "optimizer s"} <= set(figures)
     assert figures["largest G that fits"] == "4 of (2, 4)"
 
@@ -34,6 +37,10 @@ def test_the_largest_group_is_the_last_before_memory_runs_out(model, monkeypatch
     monkeypatch.setattr(bench, "generate", small_card)
     figures = bench.full_step(*model, "demo", "cpu", 1, P=40, C=2, G=2, prompts=1, groups=(2, 4, 8, 16))
     assert figures["largest G that fits"] == "4 of (2, 4, 8, 16)"
+
+
+def test_the_slowest_rewards_are_measured():
+    assert {"boxes, 64 x 64", "slowest text, math"} <= set(bench.slowest_rewards())
 
 
 def test_hours_of_the_released_schedule():
