@@ -12,8 +12,9 @@ in common: accuracy, format, and the score by which rejection sampling keeps ans
 import operator
 import re
 
-from answers import extract_answer, parse_number, parse_verdict, same_number
+from answers import extract_answer, parse_verdict
 from tasks import kind, truth_of
+from tools.numerals import parse_number, same_number
 
 MAX_THINKING = 20_000                   # characters, at the end of the reasoning, that quality_parts looks at
 QUALITY = {"accuracy": 50, "consistency": 20, "format": 15, "fluency": 15}      # points, 100 in all

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from answers import (extract_answer, iou, matched_iou, offered_letters, parse_boxes, parse_labels, parse_letters,
-                     parse_verdict, same_math, words)
+                     parse_verdict, words)
+from tools.numerals import same_math
 
 INSIDE = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
 DIGITS = re.compile(r"\d[\d,]*")
@@ -66,7 +67,7 @@ def detection_accuracy(answer, truth, *, soft_iou=False, **_):
 
 
 def math_accuracy(answer, truth, **_):
-    """1 for the same letter, number, tuple or normalized text, as answers.same_math tells them; else 0."""
+    """1 for the same letter, number, tuple or normalized text, as tools/numerals.py tells them; else 0."""
     return float(same_math(answer, truth))
 
 
@@ -134,7 +135,7 @@ def right_answer(example):
 
 
 def wrong_answer(text, example):
-    """Whether a text could be mistaken for the answer and is wrong: another listed letter, or the same but for numbers."""
+    """Whether a text could be mistaken for the answer and is wrong: another listed letter, the same with other numbers."""
     truth = truth_of(example)
     if options := listed(example):
         return text in options and text not in right_answer(example)
@@ -241,7 +242,9 @@ TASKS = {
         right=right_labels, wrong=wrong_label, pool=VOC_LABELS, most=3,
         ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
         choose=lambda example: "Which of these are there?"),
-    "math": Task(accuracy=math_accuracy, rule=lambda e: "Answer with only the letter." if listed(e) else "", right=right_answer, wrong=wrong_answer, invent=invent_answers),
+    "math": Task(
+        accuracy=math_accuracy, rule=lambda example: "Answer with only the letter." if listed(example) else "",
+        right=right_answer, wrong=wrong_answer, invent=invent_answers),
     "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
 }
 

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 
 import answers
-from answers import (assignment, elements, iou, matched_iou, normalize, parse_boxes, parse_labels, parse_letters,
-                     parse_number, parse_verdict, same_math, undress)
+from answers import assignment, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict, undress
+from tools.numerals import elements, normalize, parse_number, same_math
 
 
 @pytest.mark.parametrize("kind, truth, wrong", [

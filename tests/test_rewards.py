@@ -12,9 +12,10 @@ import pytest
 import answers
 import rewards
 import tasks
-from answers import (extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_number,
-                     parse_verdict)
+from answers import extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict
 from rewards import accuracy_reward, fluency, format_reward, is_correct, quality_parts, quality_score
+from tools import numerals
+from tools.numerals import parse_number
 
 
 def example(form, task, solution):
@@ -130,7 +131,7 @@ def test_math(truth, right, wrong):
 
 
 def test_decimals_follow_the_written_truth():
-    assert parse_number("12.50%") == (answers.Fraction(1, 8), 4, "%")
+    assert parse_number("12.50%") == (numerals.Fraction(1, 8), 4, "%")
     assert [parse_number(text).decimals for text in ("7", "7.0", "7/2", "√7")] == [0, 1, None, None]
 
 
@@ -403,5 +404,5 @@ def test_random_text():
 
 
 def test_model_text_reaches_no_evaluator():
-    source = "".join(map(inspect.getsource, (answers, tasks, rewards)))
+    source = "".join(map(inspect.getsource, (answers, numerals, tasks, rewards)))
     assert not [name for name in ("eval(", "exec(", "literal_eval", "sympy", "import torch") if name in source]
