@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from data import FORMS, Example, Processor, Prompt, load_data, refuse_long_prompts, taught
 from distributed import RunError, ShardedAdamW, UserError, gather, join_ranks, leave, say, world
-from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: F401 (load_policy: for who imports it here)
+from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: F401 (load_policy is imported from here)
 from rewards import accuracy_reward, format_reward
 from run import Run, write_aside
 from sample import Judge, kept_examples, rejection_sample
@@ -228,7 +228,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
 
     logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the
     whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the step is split.
-    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), tensors all:
+    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), all tensors:
     the host waits for none of them before the step is done.
     """
     A = advantages[:, None]  # (R, 1)
@@ -406,7 +406,7 @@ def train(cfg):
 
 
 def begin(cfg):
-    """Join the other ranks, read and check all data, say what memory is needed: all that can fail before a model loads."""
+    """Join the other ranks, read and check all data, say what memory is needed: what can fail before a model loads."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = join_ranks(cfg.timeout_minutes)

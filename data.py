@@ -123,8 +123,8 @@ class Processor:
             raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its model type is {model_type}, and its tokenizer "
                             f"lacks {', '.join(missing) or 'nothing'}.")
         if hidden := [tag for tag in TAGS if tag not in tokenizer.decode(tokenizer(tag)["input_ids"], True)]:
-            raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out of the "
-                            "text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
+            raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out of "
+                            "the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
                             "tokenizer_config.json)")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
         image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
@@ -293,7 +293,7 @@ def resize_boxes_in(text: str, original: tuple[int, int], resized: tuple[int, in
 
 
 def answer_of(solution: str) -> str:
-    """The answer in a ground truth: inside its only <answer> block, or all of a bare solution. UserError: there is none."""
+    """The answer in a ground truth: inside its only <answer> block, or all of a bare solution; UserError if none."""
     found = re.findall("<answer>(.*?)</answer>", solution, re.DOTALL)
     if len(found) > 1 or not found and re.search("<answer>|<think", solution):
         raise UserError("the solution needs exactly one closed <answer>..</answer>.")

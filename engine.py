@@ -2,7 +2,7 @@
 
 1. `pack`, `Packed`, `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie
    in one row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion
-   attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate, padded rows.
+   attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate rows.
 2. `Engine`: prompts are prefilled once and copied into the slots of a preallocated cache; every decode step is tensor
    work on fixed memory without a word from the host, so that on CUDA it is captured as one graph and replayed.
 
@@ -45,9 +45,9 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
 
 
 # What this file puts where transformers does not expect it: two attention functions under names of their own; a Packed
-# row as the attention mask of the text model, which hands it to our function unread; `cu_seq_lens_q.windows`, the vision
-# tower's tables, made once a forward pass; a Cache with an `update` of its own; `model.engine`, the rollout engine, kept
-# from call to call because its memory and graphs hold this model's addresses (weights only ever change in place).
+# row as the attention mask of the text model, which hands it to our function unread; `cu_seq_lens_q.windows`, the
+# vision tower's tables, made once a forward pass; a Cache with an `update` of its own; `model.engine`, the rollout
+# engine, kept from call to call because its memory and graphs hold this model's addresses (weights change in place).
 
 
 def attach_attention(model):
@@ -102,9 +102,9 @@ class Packed:
     prompt_of: torch.Tensor         # (R,) the prompt of each completion
     predictors: torch.Tensor        # (tokens of completions,) the place whose output predicts each of them
     mask: torch.Tensor              # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
-    attend: torch.Tensor            # (R, 1, T * repeats, P + T) 0 where a completion's token sees one of its prompt's or
-                                    # its own, else -inf; a line for each of the query heads that share keys; R is 1 for
-                                    # a single prompt, whose completions all see alike
+    attend: torch.Tensor            # (R, 1, T * repeats, P + T) 0 where a completion's token sees one of its prompt's
+                                    # or its own, else -inf; a line for each of the query heads that share keys; R is 1
+                                    # for a single prompt, whose completions all see alike
     pixel_values: torch.Tensor | None = None    # (patches, 1176)
     image_grid_thw: torch.Tensor | None = None  # (images, 3)
     features: torch.Tensor | None = None        # (image tokens, H) instead of pixels, where the vision tower is frozen
@@ -163,7 +163,7 @@ def rectangle(lengths, start):
 
 
 def visibility(model, prompt_lengths, prompt_of, T):
-    """Packed.attend: a completion's token sees all of its prompt, and of its own completion itself and what is before."""
+    """Packed.attend: a completion's token sees all of its prompt, and of its completion itself and what is before."""
     whose, P, device = prompt_of if len(prompt_lengths) > 1 else slice(1), int(prompt_lengths.max()), model.device
     lengths, causal = prompt_lengths[whose].to(device), torch.ones(T, T, dtype=torch.bool, device=device).tril()
     in_prompt = (torch.arange(P, device=device) < lengths[:, None])[:, None].expand(-1, T, -1)  # (R, T, P)
@@ -244,7 +244,7 @@ def windowed_attention(module, query, key, value, attention_mask, scaling, cu_se
 
 
 def windows(boundaries):
-    """(places, slots, mask) of windows whose boundaries are (windows + 1,): a rectangle; no mask if all are of one size."""
+    """(places, slots, mask) of windows with boundaries (windows + 1,): a rectangle; no mask if all are of one size."""
     lengths = boundaries.diff().cpu()
     real = torch.arange(int(lengths.max())) < lengths[:, None]
     return *rectangle(lengths, 0), None if real.all() else real[:, None, None]

@@ -23,11 +23,11 @@ MAX_REASONS = 1500                      # tokens; longer reasoning is padding
 TOKENS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[0-9]+(?:[.,/:][0-9]+)*%?|"
                     r"[^\W\d_]+(?:['’][^\W\d_]+)?|=")
 NEGATIONS = {"not", "never", "no", "isn't", "cannot", "can't", "aren't", "wrong", "不", "非", "没"}
-CONCLUDES = {"=", "is", "so", "are", "makes", "make", "equals", "therefore", "thus", "hence", "answer", "total", "是", "为",
-             "得"}
+CONCLUDES = {"=", "is", "so", "are", "makes", "make", "equals", "therefore", "thus", "hence", "answer", "total", "是",
+             "为", "得"}
 FILLERS = CONCLUDES | NEGATIONS | set(
-    "a an the i we you it they this that there be was of to in on at by for with and or but as just then ok okay well yes "
-    "think guess idea maybe perhaps probably certainly sure surely must know say said right correct true".split())
+    "a an the i we you it they this that there be was of to in on at by for with and or but as just then ok okay well "
+    "yes think guess idea maybe perhaps probably certainly sure surely must know say said right correct true".split())
 
 
 def accuracy_reward(completion, example, *, partial_credit=0.2, soft_iou=False):

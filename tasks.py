@@ -202,6 +202,17 @@ def detection_fault(example, original):
             return f"the box {list(box)} leaves the image of {original[0]} x {original[1]} pixels."
 
 
+def math_fault(example, original):
+    """A truth that no short answer equals: a box beside an image, a list of texts, or prose."""
+    truth = truth_of(example)
+    if original and parse_boxes(truth):
+        return f"the truth {truth[:80]!r} of a math row is a box; --task can name the task of each file."
+    if re.match(r'\[\s*["{]', truth):
+        return f"the truth {truth[:80]!r} of a math row is a list; keep the one that is right."
+    if "####" in truth or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", truth)) > 12:
+        return f"the truth {truth[:80]!r} of a math row is prose, which no answer equals; give the bare answer."
+
+
 # ---- The records ----
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +254,8 @@ TASKS = {
         ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
         choose=lambda example: "Which of these are there?"),
     "math": Task(
-        accuracy=math_accuracy, rule=lambda example: "Answer with only the letter." if listed(example) else "",
+        accuracy=math_accuracy, fault=math_fault,
+        rule=lambda example: "Answer with only the letter." if listed(example) else "",
         right=right_answer, wrong=wrong_answer, invent=invent_answers),
     "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
 }

@@ -5,8 +5,8 @@
         --flags=--checkpoint_activations                                            # the same with a real model
 
 A row is a curriculum, and a row that is the beginning of another is read off that one's run. Everything is a command
-that anybody can run: demo/base.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is finished
-is not done again; a run that was killed is resumed. OUT gets
+that anybody can run: demo/base.py makes a base model, currreft.py trains a run, sample.py measures pass@k. What is
+finished is not done again; a run that was killed is resumed. OUT gets
 
     BASE/RUN-SEED/          run directories of currreft.py, each with its predictions, checkpoints and log
     results.md, *.png       tables and pictures of what is there so far
@@ -196,7 +196,8 @@ def demo_bases(args):
 def make_bases(bases):
     """demo/base.py for every base of one world, one after another; finished ones are left alone."""
     for base in bases:
-        call([sys.executable, "-m", "demo.base", "--threads", "1", *base.demo], Path(f"{Path(base.model).parent}.log"), 1)
+        log = Path(f"{Path(base.model).parent}.log")
+        call([sys.executable, "-m", "demo.base", "--threads", "1", *base.demo], log, 1)
 
 
 def work(tasks, jobs):

@@ -1,11 +1,11 @@
 # LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The demo's world: drawn images of colored shapes, questions about them, and the data set in the released layout.
 
-An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and an image is
-nine of them. A cell holds at most one object: four colors, four kinds. A background gradient (red falls to the right,
-blue to the bottom) makes the place visible in the pixels themselves. Four color-kind pairs are never drawn for training,
-and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or with four or five
-objects (`open_ood_more`) are out of domain.
+An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and an image
+is nine of them. A cell holds at most one object: four colors, four kinds. A background gradient (red falls to the
+right, blue to the bottom) makes the place visible in the pixels themselves. Four color-kind pairs are never drawn for
+training, and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or with four
+or five objects (`open_ood_more`) are out of domain.
 
 Beside its answer a question has the reasoning that makes the answer a copy: "1 red circle 2 blue circle", so 2. How a
 model learns from it is in demo/base.py.

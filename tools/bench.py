@@ -206,11 +206,11 @@ def peak_memory(model, processor, size, device, P, C, G, separate):
 
 
 def varied_updates(model, processor, P, C, G, groups=8):
-    """A function that updates on groups of other lengths each: half to all of P, a quarter to all of C, as runs have."""
+    """A function that updates on groups of other lengths each: half to all of P, a quarter to all of C."""
     rng = random.Random(0)
     bias = forbidden_bias(model, processor)
-    batch = [(make_prompt(model, processor, rng.randint(P // 2, P), seed=i), [[0] * rng.randint(C // 4, C) for _ in range(G)])
-             for i in range(groups)]
+    batch = [(make_prompt(model, processor, rng.randint(P // 2, P), seed=i),
+              [[0] * rng.randint(C // 4, C) for _ in range(G)]) for i in range(groups)]
 
     def run():
         attach_attention(model)
@@ -352,8 +352,9 @@ def cheap_reward(text):
 
 def our_step(folder, examples, G, new):
     """(a function that takes the GRPO step of a number on all examples and returns what grpo_step returns, its Run)."""
-    run = Run(Config(model=str(folder), prompts_per_step=len(examples), num_generations=G, max_completion_length=new,
-                     micro_batch=len(examples), max_rows=len(examples) * G, sample_every=10**9), torch.device("cpu"), {"open": examples})
+    cfg = Config(model=str(folder), prompts_per_step=len(examples), num_generations=G, max_completion_length=new,
+                 micro_batch=len(examples), max_rows=len(examples) * G, sample_every=10**9)
+    run = Run(cfg, torch.device("cpu"), {"open": examples})
     stage = Stage(0, "open", 10**6)
     run.load_weights(folder)
     run.load_reference(stage)

@@ -42,6 +42,6 @@ def check(run):
     share = cfg.prompts_per_step / run.ranks / len(groups)
     gap = torch.cat(differences)
     say(f"log-probabilities while sampling against scoring: mean difference {gap.mean():.2g}, largest difference "
-        f"{gap.max():.2g} (rounding: about 1e-5 at most in float32; in bfloat16 about 0.005 on average and 0.3 at most)")
+        f"{gap.max():.2g} (rounding: about 1e-5 at most in float32; in bfloat16 0.005 on average and 0.3 at most)")
     say(f"time of a step: about {share * (rollout + update * (1.4 if cfg.beta else 1)):.1f} s, first-call costs "
         f"included; {sum(stage.steps for stage in cfg.curriculum)} steps planned")

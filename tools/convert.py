@@ -1,6 +1,6 @@
 """Annotations that people have -> rows that this project trains on (README, "Data"): open questions, one JSON a line.
 
-    python -m tools.convert coco instances_train2017.json --image_root DIR/images --out DIR/train/open.jsonl --test_share 0.1
+    python -m tools.convert coco instances.json --image_root DIR/images --out DIR/train/open.jsonl --test_share 0.1
     python -m tools.convert refcoco finetune_refcoco_train.json --image_root DIR/images --out DIR/train/open.jsonl
 
 coco: images, annotations, categories -> "Where is the dog?" with all its boxes (detection), "What objects are in the
@@ -294,7 +294,8 @@ def usable(candidate, args, inspect):
 
 def with_absent_labels(rows, left_out):
     """The rows but for images that show every label of the file: no absent one could be offered for them."""
-    shown = [set(parse_labels(answer_of(row["solution"]).lower())) if row["task"] == "classify" else {""} for row in rows]
+    shown = [set(parse_labels(answer_of(row["solution"]).lower())) if row["task"] == "classify" else {""}
+             for row in rows]
     pool = set().union(*shown) - {""}
     if pool not in shown:
         return rows

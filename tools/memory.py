@@ -1,4 +1,4 @@
-"""What memory a run needs: estimated before every run, and added up tensor by tensor from the real step on fake tensors.
+"""What memory a run needs: estimated before every run, and added up tensor by tensor from the real step without data.
 
     python -m tools.memory              # 3B and 7B on the cards of docs/3b.md: both figures, side by side
     python -m tools.memory --size 7b --ranks 4 --prompt_length 4096 --checkpoint_activations --beta 0
@@ -70,12 +70,13 @@ def width_of(cfg):
 
 
 def activations(config, cfg, P, width):
-    """{"activations": bytes that the layers keep for the backward pass of a micro-batch, "layer": of the one at work}."""
+    """{"activations": bytes that layers keep for the backward pass of a micro-batch, "layer": of the one at work}."""
     text, tower = config.text_config, config.vision_config
     tokens = cfg.micro_batch * (P + cfg.num_generations * cfg.max_completion_length)
     layers = [(text.num_hidden_layers, tokens, text.hidden_size, text.intermediate_size)]
     if not cfg.freeze_vision:
-        layers.append((tower.depth, cfg.micro_batch * cfg.max_pixels // 196, tower.hidden_size, tower.intermediate_size))
+        patches = cfg.micro_batch * cfg.max_pixels // 196
+        layers.append((tower.depth, patches, tower.hidden_size, tower.intermediate_size))
     # a layer keeps its normed, projected and attended states (13 H) and four states of its MLP (4 I)
     whole = [n * width * (13 * h + 4 * i) for _, n, h, i in layers]
     kept = sum(depth * w for (depth, *_), w in zip(layers, whole)) - max(whole)
@@ -210,7 +211,7 @@ def tower_arguments(config, grids):
 
 @contextlib.contextmanager
 def pretended(ranks, mode, tower):
-    """So many ranks, whose collectives do nothing; a vision tower that is told its windows; a fused AdamW, as on CUDA."""
+    """So many ranks, whose collectives do nothing; a vision tower that is told its windows; AdamW fused as on CUDA."""
     fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in tower.items()}
     for name in ("cu_seqlens", "cu_window_seqlens"):
         fake[name].windows = tuple(x if x is None else mode.from_tensor(x) for x in engine.windows(tower[name]))
@@ -248,10 +249,10 @@ def configuration(size):
     return transformers.Qwen2_5_VLConfig(**config)
 
 
-CARDS = (("3b", 1, 80, {"checkpoint_activations": True}), ("3b", 8, 80, {}), ("3b", 8, 40, {"checkpoint_activations": True}),
-         ("3b", 32, 80, {"prompts_per_step": 32}), ("3b", 1, 32, {"checkpoint_activations": True, "offload": True}),
-         ("3b", 1, 24, {"checkpoint_activations": True, "offload": True, "beta": 0.0, "max_rows": 32}),
-         ("7b", 8, 80, {"checkpoint_activations": True}), ("7b", 1, 80, {"checkpoint_activations": True, "offload": True}))
+LEAN = {"checkpoint_activations": True}
+CARDS = (("3b", 1, 80, LEAN), ("3b", 8, 80, {}), ("3b", 8, 40, LEAN), ("3b", 32, 80, {"prompts_per_step": 32}),
+         ("3b", 1, 32, {**LEAN, "offload": True}), ("3b", 1, 24, {**LEAN, "offload": True, "beta": 0.0, "max_rows": 32}),
+         ("7b", 8, 80, LEAN), ("7b", 1, 80, {**LEAN, "offload": True}))  # size, GPUs, GB of each, flags
 
 
 def line(size, ranks, settings, prompt_length=None, card=""):
@@ -276,14 +277,16 @@ def main(argv=None):
     parser.add_argument("--size", choices=("3b", "7b"), help="one line for this size alone, with the flags below")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--prompt_length", type=int, help="tokens of the longest prompt (default: an image and 200)")
-    for name in ("micro_batch", "max_rows", "prompts_per_step", "num_generations", "max_completion_length", "max_pixels"):
+    for name in ("micro_batch", "max_rows", "prompts_per_step", "num_generations", "max_completion_length",
+                 "max_pixels"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--beta", type=float)
     for name in ("checkpoint_activations", "freeze_vision", "offload"):
         parser.add_argument(f"--{name}", action="store_true", default=None)
     args = vars(parser.parse_args(argv))
     size, ranks, length = (args.pop(name) for name in ("size", "ranks", "prompt_length"))
-    print(f"GiB per GPU, bfloat16 weights, float32 masters; about {OVERHEAD / 2**30:.0f} more for CUDA itself\n\n{HEADING}")
+    print(f"GiB per GPU, bfloat16 weights, float32 masters; about {OVERHEAD / 2**30:.0f} more for CUDA itself\n\n"
+          + HEADING)
     if size:
         print(line(size, ranks, {k: v for k, v in args.items() if v is not None}, length))
     else:

@@ -183,8 +183,8 @@ def completion_table(page, seen, order):
         text = wrap(group.completions[i].text, 15, middle - half - 200 - x, 2) or ["(nothing)"]
         for n, part in enumerate(text):
             page.text(x, y + 20 * n, part, 15)
-        page.text(middle - half - 30, y, f"{group.accuracy[i]:.2g} + {group.format[i]:.0f} = {group.rewards[i]:.2g}", 15,
-                  anchor="ra")
+        r = f"{group.accuracy[i]:.2g} + {group.format[i]:.0f} = {group.rewards[i]:.2g}"
+        page.text(middle - half - 30, y, r, 15, anchor="ra")
         a = group.advantages[i].item()
         ends = sorted((middle, middle + half * a / most))
         page.box(ends[0], y + 1, ends[1], y + 17, GREEN if a > 0 else RED)
@@ -194,7 +194,8 @@ def completion_table(page, seen, order):
     r, a = group.rewards, group.advantages[order[0]].item()
     for text in (f"A = (r - mean(r)) / (std(r) + 0.0001), of the first: ({r[order[0]]:.2g} - {r.mean():.4g}) / "
                  f"({r.std():.4g} + 0.0001) = {a:+.2f}",
-                 f"L = - mean over completions and their tokens of min(ratio A, clip(ratio) A) - beta KL = {seen.loss:.3g}"):
+                 "L = - mean over completions and their tokens of min(ratio A, clip(ratio) A) - beta KL = "
+                 f"{seen.loss:.3g}"):
         page.text(x, y + 8, text, 15, GREY)
         y += 24
     return y + 8
@@ -256,7 +257,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="directory of a run")
     parser.add_argument("--step", type=int, help="step of the run, as metrics.jsonl counts (default: the last at hand)")
-    parser.add_argument("--group", type=int, help="which of the step's groups, from 1 (default: where rewards differ most)")
+    parser.add_argument("--group", type=int, help="which of its groups, from 1 (default: where rewards differ most)")
     parser.add_argument("--out", default="step.png")
     args = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()

@@ -18,8 +18,9 @@ STAGES = {  # form -> what it asks for, what its accuracy is, why it stands wher
     "binary": ("yes or no", "1 for the right verdict", "a guess is right half the time: signal at once"),
     "choice": ("option letters", "1 for the right letters, 0.2 for a part", "a guess is right one time in four"),
     "open": ("a free answer", "IoU above 0.5, label overlap, the number", "a guess is hardly ever right")}
-REJECT = ("general questions, text-only ones too", "8 sampled answers to each", "a judge scores 0 to 100: accuracy, logic, "
-          "format, fluency", "the best is kept, if above 85", "fine-tuned on what was kept")
+REJECT = ("general questions, text-only ones too", "8 sampled answers to each",
+          "a judge scores 0 to 100: accuracy, logic, format, fluency", "the best is kept, if above 85",
+          "fine-tuned on what was kept")
 
 
 def card(page, x, y, width, height, title, color):
@@ -79,7 +80,8 @@ def draw(example, out):
         lines(page, 302, below, 344, f"truth: {truth_of(asked)}", GREEN, 1, SIZE - 3)
         arrow(page, 660, middle, 704)
         card(page, 708, y, 466, CARD, f"{form} stage", ORANGE)
-        below = lines(page, 722, y + 40, 440, f"accuracy: {accuracy}\nformat: 1 for thinking, then an answer", INK, 1, SIZE - 2)
+        pays = f"accuracy: {accuracy}\nformat: 1 for thinking, then an answer"
+        below = lines(page, 722, y + 40, 440, pays, INK, 1, SIZE - 2)
         lines(page, 722, below, 440, note, GREY, 1, SIZE - 3)
         if form != "open":
             down(page, 900, y + CARD + 1, 15)

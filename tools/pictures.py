@@ -1,8 +1,8 @@
 """Pictures of a run: training curves, sheets of images with boxes, and the table of accuracies.
 
-    python -m tools.pictures curves runs/demo --out curves.png                         # reward against step, one band a stage
+    python -m tools.pictures curves runs/demo --out curves.png                 # reward against step, one band a stage
     python -m tools.pictures curves runs/a runs/b --out both.png --metric kl           # one line a run: compare forks
-    python -m tools.pictures table runs/a runs/b                                       # accuracies in % with 95 % intervals
+    python -m tools.pictures table runs/a runs/b                               # accuracies in % with 95 % intervals
     python -m tools.pictures examples data/train/open.jsonl --image_root data --out sheet.png -n 12
 
 Everything is drawn with Pillow at SCALE times its final size and scaled down once, which smooths every edge. Lengths

@@ -1,0 +1,73 @@
+"""What is probably not meant in a data set: counted and told, one sentence each, where nothing can be refused row by row."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from answers import parse_letters
+from tasks import truth_of
+from tools.numerals import elements, parse_number
+
+
+def box_convention(boxes) -> str:
+    """How a file's boxes seem to be written if not as two corners in pixels; "" without a sign of it.
+
+    boxes: [((four numbers), (width, height) of its image), ..], all of one file. One strange box in ten is a sign.
+    """
+    beyond = sum(box[2] > size[0] + 1 or box[3] > size[1] + 1 for box, size in boxes)
+    turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
+    sized = all(0 <= box[0] and 0 <= box[1] and box[0] + box[2] <= size[0] + 1 and box[1] + box[3] <= size[1] + 1
+                for box, size in boxes)
+    found = f"Of {len(boxes)} boxes"
+    if turned and turned >= 0.1 * len(boxes) and sized:
+        return (f"{found} {turned} are none as two corners, and all fit as corner and size: they seem to be [x, y, width, "
+                "height]. `python -m tools.convert rows FILE --boxes xywh` writes them as corners.")
+    if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
+        return (f"{found} {beyond} leave their image, and all lie within 0 to 1000: they seem to be thousandths of the "
+                "image. `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels.")
+    return ""
+
+
+def in_a_file(examples, boxes) -> list[str]:
+    """Sentences about the examples of one file and its boxes (see box_convention)."""
+    wide = [box for box, size in boxes if min(size) > 1300]
+    found = [f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
+             "image, `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels"] \
+        if len(wide) >= 20 and 800 < max(map(max, wide)) <= 1000 else []
+    twice = sum(Counter(same(example) for example in examples).values()) - len({same(example) for example in examples})
+    return found + ([f"{twice} of {len(examples)} rows are there more than once"] if twice else [])
+
+
+def between(train, tests) -> list[str]:
+    """Sentences about what training examples and test examples share."""
+    seen, shown = {same(example) for example in train}, {family(image) for e in train for image in e.images}
+    found = []
+    for split in dict.fromkeys(example.split for example in tests):
+        rows = [example for example in tests if example.split == split]
+        if known := sum(same(example) in seen for example in rows):
+            found.append(f"test {split}: {known} of {len(rows)} rows are training rows")
+        pictures = {image for example in rows for image in example.images}
+        if known := sum(family(image) in shown for image in pictures):
+            found.append(f"test {split}: {known} of {len(pictures)} images, or versions of them, are training images")
+    return found
+
+
+def same(example) -> tuple:
+    """What makes two rows one: what is asked of which images."""
+    return example.form, example.problem, example.history, example.images, truth_of(example)
+
+
+def family(image) -> str:
+    """What all versions of one photo share: Roboflow writes NAME_jpg.rf.HASH.jpg for each. Without `.rf.`, the path."""
+    return re.sub(r"\.rf\.[^/]*$", "", os.fspath(image))
+
+
+def text_only_truths(examples) -> list[str]:
+    """True answers of open math rows that only the same text equals, though there is a number or a formula in them.
+
+    "10 people or 12", "x \\\\in A" -> paid as they are written; "20/3", "(1, 2)", "B", "isosceles" are not listed.
+    """
+    truths = [truth_of(example) for example in examples if (example.task, example.form) == ("math", "open")]
+    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and parse_number(truth) is None
+            and not parse_letters(truth) and not (elements(truth) and all(map(parse_number, elements(truth)[1])))]
