@@ -8,6 +8,7 @@ One annotation gives three questions of rising difficulty (paper, section 3.1); 
 
 Two pixel spaces: annotations are in pixels of the original image; Qwen2.5-VL speaks pixels of the image as its
 processor resized it, sides multiples of 28. `resize_box` converts, once, at load: then all boxes are in model pixels.
+Rows of any known shape become one row in tools/shapes.py, image files are found and tried in tools/images.py.
 Departure from the released code: a row that cannot be used is an error with file and line, not silently another row.
 
 Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; 4 patches, 1 image token.
@@ -17,28 +18,29 @@ import json
 import os
 import random
 import re
-import struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from answers import offered_letters
-from distributed import RunError, UserError, say  # noqa: F401 (RunError: for who imports it from here)
-from tasks import TASKS, kind
+from answers import MAX_ANSWER, extract_answer, offered_letters
+from distributed import RunError, UserError, gather, say, world
+from tasks import TASKS, kind, truth_of
+from tools import doubts
+from tools.images import image_roots, image_sizes, is_absolute, load_image, opened, resolve_image
 from tools.limits import limits
+from tools.shapes import BOX, bare, declared_tasks, file_key, json_files, one_row, read_rows, task_of
 
 FORMS = ("binary", "choice", "open")
 TEXTS = ["*.json", "*.jinja", "*.txt"]                  # what a checkpoint has beside its weights
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens
-MAX_SIDE, MAX_ASPECT = 16_384, 200                      # of an original image; the resizer raises beyond the latter
-BOX = re.compile(r"\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]".format(n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d)?)"))
+MAX_TEXT = 200_000                                      # characters of a question or truth
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")     # <|im_end|>, <|image_pad|>, ..; half a character
 
@@ -153,7 +155,7 @@ class Processor:
         ids = self._unexpanded(example)
         if not example.images:
             return Prompt(torch.tensor(ids), None, None, example)
-        vision = self.image_processor([load_image(path) for path in example.images], return_tensors="pt")
+        vision = self.image_processor([self._shown(path, example) for path in example.images], return_tensors="pt")
         _, rows, columns = vision["image_grid_thw"][0].tolist()
         if example.size not in (None, (14 * columns, 14 * rows)):
             raise UserError(f"{example.where}: boxes were read for another max_pixels than this processor's.")
@@ -171,16 +173,32 @@ class Processor:
             raise UserError(f"{example.where}: the prompt has {places} places for {len(example.images)} images.")
         return ids
 
+    def _shown(self, path, example: Example) -> Image.Image:
+        """An image at the size that the model is shown; RunError if it has gone bad since the start looked at it."""
+        try:
+            image = load_image(path)
+        except UserError as error:
+            raise RunError(f"{example.where}: {error}".removeprefix(": ")) from error
+        return image.resize(model_size(image.size, self.image_processor.size["longest_edge"]), Image.Resampling.BICUBIC)
+
+    def prompt_lengths(self, examples) -> list[int]:
+        """Tokens of each prompt, image tokens included; no image is decoded, and no example is tokenized twice."""
+        new = [example for example in dict.fromkeys(examples) if example not in self.lengths]
+        bar = tqdm(new, "prompts", leave=False, delay=2, disable=None if world()[0] == 0 else True)
+        self.lengths.update((example, len(self._unexpanded(example)) + self._image_tokens(example)) for example in bar)
+        return [self.lengths[example] for example in examples]
+
     def prompt_length(self, example: Example) -> int:
-        """Tokens of the prompt, image tokens included, read off the images' headers alone, once."""
-        if example not in self.lengths:
-            length = len(self._unexpanded(example))
-            for path in example.images:
-                with Image.open(path) as image:
-                    width, height = model_size(image.size, self.image_processor.size["longest_edge"])
-                length += width * height // 784 - 1
-            self.lengths[example] = length
-        return self.lengths[example]
+        """`prompt_lengths` of one example."""
+        return self.prompt_lengths([example])[0]
+
+    def _image_tokens(self, example: Example) -> int:
+        """Tokens of the example's images, but for the one a place has; the first one's size is known, else by headers."""
+        sizes = [example.size] if example.size else []
+        for path in example.images[len(sizes):]:
+            with opened(path) as image:
+                sizes.append(model_size(image.size, self.image_processor.size["longest_edge"]))
+        return sum(width * height // 784 - 1 for width, height in sizes)
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a response, <|im_end|> last. Special tokens spelled out in `text` stay ordinary text."""
@@ -227,9 +245,11 @@ def _places_images(tokenizer) -> bool:
 
 
 def check_text(text: str) -> None:
-    """UserError if a text spells a special token, which would forge turns or images, or is not Unicode."""
+    """UserError if a text spells a special token, which would forge turns or images, is not Unicode, or has no end."""
     if found := RESERVED.search(text):
         raise UserError(f"the text holds {found[0]!r}, which the chat format cannot carry; remove it.")
+    if len(text) > MAX_TEXT:
+        raise UserError(f"the text has {len(text):,} characters, more than {MAX_TEXT:,}; shorten it.")
 
 
 def taught(example: Example) -> str:
@@ -242,34 +262,7 @@ def taught(example: Example) -> str:
     return f"{before}<answer>{answer if answer.strip() == spelled else spelled}</answer>{after}"
 
 
-# ---- Images and boxes ----
-
-def load_image(path) -> Image.Image:
-    """The image as RGB, upright by its EXIF tag, transparency laid on white."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def inspect_image(path) -> tuple[int, int]:
-    """(width, height) of an image as `load_image` gives it; UserError if the model could not be shown it."""
-    try:
-        with Image.open(path) as image:                 # reads no pixel yet
-            (width, height), frames = image.size, getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":    # MPO: a camera's photo and its thumbnail
-                raise UserError(f"image {path} has {frames} frames; save the one that is meant.")
-            if image.mode[0] in "IF":
-                raise UserError(f"image {path} has more than 8 bits a channel; save it with 8.")
-            if min(width, height) < 2 or max(width, height) >= MAX_ASPECT * min(width, height):
-                raise UserError(f"image {path} is {width} x {height}, too small or too thin; crop it or drop the row.")
-            if max(width, height) > MAX_SIDE or width * height > Image.MAX_IMAGE_PIXELS:
-                raise UserError(f"image {path} is {width} x {height}, too large; scale it and its boxes down.")
-        return load_image(path).size
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be decoded ({error}); replace it or drop the row.") from error
-
+# ---- Boxes, and truths that can be paid ----
 
 def model_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) that an image of `size` is resized to, multiples of 28: (640, 480) -> (644, 476)."""
@@ -287,9 +280,13 @@ def resize_box(box, original: tuple[int, int], resized: tuple[int, int]) -> list
     return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
 
 
-def resize_boxes_in(text: str, original: tuple[int, int], resized: tuple[int, int]) -> str:
-    """`text` with `resize_box` applied to every four-number list in it."""
-    return BOX.sub(lambda match: str(resize_box([float(n) for n in match.groups()], original, resized)), text)
+def resize_boxes_in(text: str, original: tuple[int, int], resized: tuple[int, int], unmarked: bool = True) -> str:
+    """`text` with `resize_box` applied to every four-number list in it, or only to those that "bbox_2d": marks."""
+    def pixels(match):
+        mark, *numbers = match.groups()
+        box = resize_box([float(n) for n in numbers], original, resized)
+        return f"{mark or ''}{box}" if mark or unmarked else match[0]
+    return BOX.sub(pixels, text)
 
 
 def answer_of(solution: str) -> str:
@@ -312,131 +309,112 @@ def check_truth(example: Example, original: tuple[int, int] | None) -> None:
         raise UserError(fault)
 
 
-# ---- Reading files ----
+def check_payable(example: Example) -> None:
+    """UserError if the truth, given as the answer, would not score 1: then no answer could."""
+    answer = extract_answer(f"<answer>{kind(example).spell(example)}</answer>")
+    if (example.form, example.task) != ("open", "general") and (
+            answer is None or kind(example).accuracy(answer, truth_of(example)) < 1):
+        raise UserError(f"its truth {truth_of(example)[:80]!r} does not score 1 when it is given as the answer, which has "
+                        f"at most {MAX_ANSWER:,} characters and no tags; shorten or correct it.")
+
+
+def in_model_pixels(example: Example, original: tuple[int, int], size: tuple[int, int]) -> Example:
+    """The example with its boxes in pixels of the image at `size`: all in its texts, or of tasks without boxes the marked."""
+    unmarked = TASKS[example.task].boxes
+    texts = [example.problem, example.solution, *(text for _, text in example.history)]
+    found = [box for text in texts for box in BOX.findall(text) if box[0] or unmarked]
+    if len(example.images) > 1 and (found or unmarked):
+        raise UserError(f"the row has boxes and {len(example.images)} images, and does not say whose they are; give it one.")
+    if any(max(map(float, box[1:])) <= 1 for box in found):
+        raise UserError(f"its boxes, such as [{', '.join(found[0][1:])}], are shares of the image; `python -m tools.convert "
+                        "rows FILE --boxes fractions` writes them in pixels.")
+    problem, solution, *history = (resize_boxes_in(text, original, size, unmarked) for text in texts)
+    history = tuple((role, text) for (role, _), text in zip(example.history, history))
+    return replace(example, problem=problem, solution=solution, history=history, size=size)
+
+
+# ---- Reading files (shapes of rows: tools/shapes.py; image files: tools/images.py) ----
 
 def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX_PIXELS, skip_bad_rows=False,
-                  allow_outside=False) -> list[Example]:
-    """Examples of a released or chat file, JSONL or one JSON list, or of all files in a folder but `*_test` ones.
+                  allow_outside=False, chat_task=None) -> list[Example]:
+    """Examples of a file of rows of any known shape, or of all files in a folder but `*_test` ones.
 
-    `form`: by default what the row or else the file name says. `task`: of rows that name none. `image_root`: where
-    image paths start, by default the folder that `path` is in. UserError lists every bad row, "file:line: its fault";
-    `skip_bad_rows` drops them and says on stderr how many.
+    `form`, `task`: of rows that name none; the form is by default what the file's name says. `task` may name tasks by
+    file, "math RefGTA=detection"; `chat_task`: that of chats where it is another. `image_root`: where image paths
+    start, by default the folder that `path` is in. UserError lists every bad row, "file:line: its fault";
+    `skip_bad_rows` drops them and says how many, unless the file as a whole seems to mean something else.
     """
-    root, inspect = Path(image_root or Path(path).parent), lru_cache(None)(inspect_image)
-    examples, faults = [], []
-    with ThreadPoolExecutor(8) as pool:                 # decoding an image releases the interpreter lock
-        rows = [(where, pool.submit(_example, line, where, root, form, task, max_pixels, allow_outside, inspect))
-                for where, line in _lines(path)]
-    for where, row in rows:
-        try:
-            examples.append(row.result())
-        except UserError as error:
-            faults.append(f"{where}: {error}")
-    if not rows:
+    root, rows, faults, rerooted = Path(image_root or Path(path).parent), read_rows(path), {}, []
+    read = partial(read_example, root=root, form=form, tasks=declared_tasks(task), chat_task=chat_task,
+                   allow_outside=allow_outside, rerooted=rerooted)
+
+    def each(function, items):
+        done = {}
+        for where, item in items:
+            try:
+                done[where] = function(item, where)
+            except UserError as error:
+                faults[where] = str(error)
+        return done
+
+    drafts = each(read, rows)
+    sizes = image_sizes([image for example in drafts.values() for image in example.images], root)
+    examples = each(lambda example, _: checked(example, sizes, max_pixels), drafts.items())
+    boxes = doubts.boxes_of(drafts.values(), sizes)
+    tell_faults(path, [f"{where}: {faults[where]}" for where, _ in rows if where in faults], len(rows),
+                doubts.box_convention(boxes), skip_bad_rows and bool(examples))
+    for sentence in doubts.in_a_file(list(examples.values()), boxes, rerooted):
+        say(f"{path}: {sentence}")
+    return list(examples.values())
+
+
+def tell_faults(path, faults: list[str], count: int, doubt: str, skip: bool) -> None:
+    """UserError that lists the faults of a file of `count` rows; with `skip`, and no doubt about the file, one line."""
+    if not count:
         raise UserError(f"{path} holds no rows.")
-    if faults and not (skip_bad_rows and examples):
+    if faults and (doubt or not skip):
         more = [f".. and {len(faults) - 20} more."] if len(faults) > 20 else []
-        raise UserError("\n".join([f"{path}: {len(faults)} of {len(rows)} rows cannot be used.", *faults[:20], *more,
-                                   "Correct these rows, or drop them with --skip_bad_rows."]))
+        raise UserError("\n".join([f"{path}: {len(faults)} of {count} rows cannot be used.", *faults[:20], *more,
+                                   doubt or "Correct these rows, or drop them with --skip_bad_rows."]))
     if faults:
-        say(f"{path}: dropped {len(faults)} of {len(rows)} rows, the first {faults[0]}")
-    return examples
+        say(f"{path}: dropped {len(faults)} of {count} rows, the first {faults[0]}")
 
 
-def _json_files(folder, name: str = "**/*") -> list[Path]:
-    """The .jsonl and .json files of a folder whose names without ending match, sorted."""
-    return sorted(file for ending in (".jsonl", ".json") for file in Path(folder).glob(name + ending))
-
-
-def _lines(path) -> list[tuple[str, object]]:
-    """("file:line", text) for JSONL, ("file:number", object) for a JSON list; for a folder, all files but `*_test`."""
-    path, found = Path(path), []
-    for file in [file for file in _json_files(path) if not file.stem.endswith("_test")] if path.is_dir() else [path]:
-        try:
-            text = file.read_text("utf-8-sig")
-            listed = file.suffix == ".json" and text.lstrip().startswith("[")
-            lines = json.loads(text) if listed else text.split("\n")
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
-        found += [(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if listed or line.strip()]
-    return found
-
-
-def _example(line, where: str, root: Path, form, task, max_pixels: int, allow_outside: bool, inspect) -> Example:
-    """The checked example of one line (or object of a JSON list), its boxes converted; UserError says its fault."""
-    try:
-        row = json.loads(line) if isinstance(line, str) else line
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"broken JSON ({error}).") from None
-    if not isinstance(row, dict):
-        raise UserError("the row is not a JSON object {..}.")
-    split = Path(where.rpartition(":")[0]).stem
-    if "messages" in row:
-        *history, (_, problem), (_, solution) = _turns(row["messages"])
-        form, task = "open", "general"
-    else:
-        history, problem, solution = [], _text(row, "problem"), _text(row, "solution")
-        form, task = form or row.get("form") or form_of(split), row.get("task") or task
+def read_example(row, where: str, *, root: Path, form, tasks: dict, chat_task, allow_outside: bool, rerooted) -> Example:
+    """A row as an Example that is not checked yet: boxes in original pixels, images found but not opened."""
+    row, file = one_row(row), Path(where.rpartition(":")[0])
+    task = task_of(row, file, tasks, chat_task)
     if task not in TASKS:
         raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it for rows without.')
+    form = row["form"] or ("open" if task == "general" and row["chat"] else form or form_of(file.stem))
     if form not in FORMS:
         raise UserError(f'its "form" is {form!r}, not one of {", ".join(FORMS)}.')
-    texts = [problem, *(text for _, text in history)]
-    check_text("".join([*texts, solution]))
-    names = row.get("images") or row.get("image") or []
-    images = [resolve_image(name, root, allow_outside) for name in (names if isinstance(names, list) else [names])]
-    if (found := sum(text.count("<image>") for text in texts)) not in (0, len(images)):
+    problem, history = row["problem"], row["history"]
+    solution = row["solution"] if task == "general" else bare(row["solution"])
+    check_text("".join([problem, solution, *(text for _, text in history)]))
+    images = [resolve_image(name, image_roots(root, file), allow_outside) for name in row["images"]]
+    rerooted += [image for image, name in zip(images, row["images"]) if is_absolute(name) and not name.endswith(image)]
+    found = sum(text.count("<image>") for text in (problem, *(text for _, text in history)))
+    if found not in (0, len(images)):
         raise UserError(f"the text says <image> {found} times, but the row has {len(images)} images.")
     if not history:                                     # images come first without being told
         problem = re.sub(r"^(\s*<image>\s*){%d}" % len(images), "", problem)
-    original = [inspect(image) for image in images][0] if images else None
-    example = Example(problem=problem, solution=solution, task=task, form=form, images=tuple(images), where=where,
-                      size=original and model_size(original, max_pixels), split=split, history=tuple(history))
-    check_truth(example, original)
-    if not TASKS[task].boxes:
-        return example
-    problem, solution = (resize_boxes_in(text, original, example.size) for text in (problem, solution))
-    return replace(example, problem=problem, solution=solution)
+    return Example(problem=problem, solution=solution, task=task, form=form, images=tuple(images), where=where,
+                   split=file.stem, history=tuple(history))
 
 
-def _text(row: dict, name: str) -> str:
-    """A text field; a number or a list, which released solutions may be, as its JSON."""
-    value = row.get(name)
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
-    if not text.strip():
-        raise UserError(f'the row has no "{name}", or an empty one.')
-    return text.strip()
+def checked(example: Example, sizes: dict, max_pixels: int = MAX_PIXELS) -> Example:
+    """An example with its boxes in model pixels, if its images, boxes and truth can be used; else UserError.
 
-
-def _turns(messages) -> list[tuple[str, str]]:
-    """(role, text) of each turn of a chat row, the reference answer last."""
-    try:
-        turns = [(turn["role"], turn["content"].strip()) for turn in messages]
-    except (TypeError, KeyError, AttributeError):
-        raise UserError('"messages" must be a list of {"role": .., "content": text}.') from None
-    spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2) or not all(text for _, text in turns):
-        raise UserError("messages must alternate user and assistant, none empty, and end with the reference answer.")
-    return turns
-
-
-def resolve_image(name, root: Path, allow_outside: bool = False) -> str:
-    """The image's path under `root`. UserError if there is none, or if it is elsewhere and not `allow_outside`.
-
-    A path of another machine loses parts from the left until it exists: /elsewhere/coco/1.jpg -> root/coco/1.jpg
+    sizes: {image: (width, height) in original pixels, or a sentence that says why the model cannot be shown it}.
     """
-    if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{name!r} is not the path of an image.")
-    root = Path(os.path.abspath(root))
-    path = Path(os.path.normpath(root / name))          # an absolute name replaces the root
-    if os.path.isfile(path) and (allow_outside or path.is_relative_to(root)):
-        return str(path)
-    parts = Path(os.path.normpath(name)).parts
-    for start in range(1, len(parts)) if ".." not in parts else ():
-        if os.path.isfile(tail := root.joinpath(*parts[start:])):
-            return str(tail)
-    raise UserError(f"no image {name} under {root}; name its folder with --image_root" +
-                    (", or allow paths that leave it with --allow_outside." if os.path.isfile(path) else "."))
+    if fault := next((sizes[image] for image in example.images if isinstance(sizes[image], str)), None):
+        raise UserError(fault)
+    original = sizes[example.images[0]] if example.images else None
+    check_truth(example, original)
+    example = in_model_pixels(example, original, model_size(original, max_pixels)) if original else example
+    check_payable(example)
+    return example
 
 
 # ---- Three forms of one annotation ----
@@ -546,7 +524,7 @@ def find_files(data_dir) -> dict:
         for name in ("judge", "binary", "choice", "open"):
             found = [path for path in (base / "train" / name, base / "train" / f"{name}.jsonl") if path.exists()]
             train[form_of(name)] = found[-1] if found else train[form_of(name)]
-        for file in _json_files(base / "test") + _json_files(base / "train", "**/*_test"):
+        for file in json_files(base / "test") + json_files(base / "train", "**/*_test"):
             split = file.stem if file.stem not in test else f"{file.parent.name}_{file.stem}"
             test[split] = (form_of(str(file.relative_to(base))), file)
     questions = [path for path in (root / "questions.jsonl", root / "SFT_data" / "reject") if path.exists()]
@@ -566,13 +544,15 @@ def load_data(cfg):
     files, options = find_files(cfg.data), {
         "image_root": cfg.image_root or cfg.data, "task": cfg.task or None, "max_pixels": cfg.max_pixels,
         "skip_bad_rows": cfg.skip_bad_rows, "allow_outside": cfg.allow_outside}
-    forms = {}
+    path = cfg.questions or files["questions"]
+    check_names(cfg.task, [*files["train"].values(), *(file for _, file in files["test"].values()), path])
+    forms, read = {}, []
 
     def form_examples(form):  # read or derived once, however many stages ask
         if form not in forms:
-            path = files["train"].get(form)
-            if path:
-                forms[form] = load_examples(path, form=form, **options)
+            if file := files["train"].get(form):
+                forms[form] = load_examples(file, form=form, **options)
+                read.extend(forms[form])
             elif form == "open":
                 raise UserError(f"--data {cfg.data}: no open training file, which --stages needs")
             else:
@@ -586,21 +566,32 @@ def load_data(cfg):
         elif stage.name == "sft":
             examples["sft"] = form_examples("open")
         elif not questions:
-            path = cfg.questions or files.get("questions")
             if not path:
                 raise UserError(f"--data {cfg.data}: no question file for the reject stage; name one with --questions")
-            questions = load_examples(path, **options)
+            questions = load_examples(path, chat_task="general", **options)
     tests = []  # every split's rows, labeled with its name
-    for split, (form, path) in files["test"].items():
-        rows = load_examples(path, form=form, **options)
-        rows = [replace(e, split=split) for e in rows]
+    for split, (form, file) in files["test"].items():
+        rows = [replace(e, split=split) for e in load_examples(file, form=form, **options)]
         tests += rows[:cfg.eval_limit or None]
+    for sentence in doubts.between(read, tests):
+        say(f"{cfg.data}: {sentence}")
     return examples, tests, questions
+
+
+def check_names(task, paths) -> None:
+    """UserError if a NAME of --task NAME=TASK is that of no data file: its rows would get another task."""
+    files = [file for path in paths if path for file in (json_files(path) if Path(path).is_dir() else [path])]
+    for name in declared_tasks(task):
+        if name and not any(file_key({name: ""}, file) for file in files):
+            raise UserError(f"--task: no file or folder of the data begins with {name!r}.")
 
 
 def refuse_long_prompts(cfg, processor, examples):
     """The examples whose prompts fit; UserError if any does not, unless --skip_bad_rows drops and counts them."""
-    lengths = [processor.prompt_length(e) for e in examples]
+    rank, ranks = world()
+    for start, part in enumerate(gather(processor.prompt_lengths(examples[rank::ranks]))):     # ranks share the work
+        processor.lengths.update(zip(examples[start::ranks], part))
+    lengths = processor.prompt_lengths(examples)
     long = [f"{e.where} ({n} tokens)" for e, n in zip(examples, lengths) if n > cfg.max_prompt_length]
     if long and not (cfg.skip_bad_rows and len(long) < len(examples)):
         named = ", ".join(long[:5])

@@ -20,7 +20,7 @@ import engine
 import run as run_module
 from currreft import Config, Stage, group_advantages, grpo_loss, main
 from data import batch_indices, load_data
-from distributed import RunError, ShardedAdamW, UserError
+from distributed import RunError, ShardedAdamW, UserError, join_ranks
 from run import latest_checkpoint, learning_rate, seed_from
 
 HERE = Path(__file__).parent
@@ -219,6 +219,17 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
+
+
+def test_everything_but_gradients_travels_by_gloo_on_gpus_too(monkeypatch):
+    """With NCCL alone a dead peer is found by a watchdog that aborts the process: no sentence, and no checkpoint."""
+    begun = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: begun.append(backend))
+    assert join_ranks(30).type == "cuda" and begun == ["cpu:gloo,cuda:nccl"]
 
 
 def test_every_row_of_the_paper_is_a_command_line():

@@ -111,7 +111,7 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path, capsys):
     ({"image": "x" * 999}, "no image"),
     ({"problem": "<image>How many?"}, "0 images"),
     ({"image": 3}, "not the path"),
-    ({"messages": [{"role": "user", "content": "Hi"}]}, "alternate"),
+    ({"messages": [{"role": "assistant", "content": "Hi"}]}, "alternate"),
     ({"messages": "Hi"}, "must be a list"),
 ])
 def test_unusable_row_is_refused(tmp_path, fields, words):
@@ -149,7 +149,7 @@ def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
 
 @pytest.mark.parametrize("name, words", [
     ("missing", "no image"), ("text", "be decoded"), ("truncated", "be decoded"), ("empty", "be decoded"),
-    ("animated", "2 frames"), ("pixel", "too small"), ("thin", "too thin"), ("wide", "too large"), ("deep", "8 bits")])
+    ("animated", "several frames"), ("pixel", "too small"), ("thin", "too thin"), ("wide", "too large"), ("deep", "8 bits")])
 def test_unusable_image_is_told_before_training(tmp_path, name, words):
     path = tmp_path / f"{name}.png"
     if name == "text":

@@ -2,12 +2,11 @@
 
 import os
 import re
-from collections import Counter
-from pathlib import Path
 
 from answers import parse_letters
-from tasks import truth_of
+from tasks import TASKS, truth_of
 from tools.numerals import elements, parse_number
+from tools.shapes import BOX
 
 
 def box_convention(boxes) -> str:
@@ -29,14 +28,27 @@ def box_convention(boxes) -> str:
     return ""
 
 
-def in_a_file(examples, boxes) -> list[str]:
-    """Sentences about the examples of one file and its boxes (see box_convention)."""
-    wide = [box for box, size in boxes if min(size) > 1300]
-    found = [f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
-             "image, `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels"] \
-        if len(wide) >= 20 and 800 < max(map(max, wide)) <= 1000 else []
-    twice = sum(Counter(same(example) for example in examples).values()) - len({same(example) for example in examples})
-    return found + ([f"{twice} of {len(examples)} rows are there more than once"] if twice else [])
+def boxes_of(examples, sizes) -> list:
+    """[((x1, y1, x2, y2), (width, height) of the image), ..] of the true boxes of examples in original pixels."""
+    return [(tuple(map(float, numbers)), sizes[example.images[0]]) for example in examples
+            if TASKS[example.task].boxes and example.images and not isinstance(sizes[example.images[0]], str)
+            for _, *numbers in BOX.findall(truth_of(example))]
+
+
+def in_a_file(examples, boxes, rerooted) -> list[str]:
+    """Sentences about the examples of one file, its boxes (see boxes_of), and its images that other machines named."""
+    wide = [max(box) for box, size in boxes if min(size) > 1300]
+    twice = len(examples) - len({same(example) for example in examples})
+    loose = [example.where for example in examples if example.images and not TASKS[example.task].boxes
+             and any(not mark for mark, *_ in BOX.findall(example.problem))]
+    told = [(len(wide) >= 20 and 800 < max(wide) <= 1000,
+             f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
+             "image, `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels"),
+            (twice, f"{twice} of {len(examples)} rows are there more than once"),
+            (rerooted, f"{len(rerooted)} images are named by paths of another machine, and were found by the ends of these"),
+            (loose, f"{len(loose)} questions without boxes in their answers hold lists of four numbers, the first {loose[:1]}; "
+             'a box must be marked, {"bbox_2d": [..]}, to be converted to the pixels that the model sees')]
+    return [sentence for sign, sentence in told if sign]
 
 
 def between(train, tests) -> list[str]:

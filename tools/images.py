@@ -103,6 +103,13 @@ def resolve_image(name, root, allow_outside: bool = False) -> str:
                     (", or allow paths that leave it with --allow_outside." if outside else "."))
 
 
+def image_roots(root, file) -> list[Path]:
+    """Where the images of a data file may lie: `root`, and the folder of it that the file is in (grpo_data, SFT_data)."""
+    root, file = Path(os.path.abspath(root)), Path(os.path.abspath(file))
+    below = file.relative_to(root).parts[:-1] if file.is_relative_to(root) else ()
+    return [root, root / below[0]] if below else [root]
+
+
 def is_absolute(name: str) -> bool:
     """Whether a path starts at the root of some machine: /mnt/a.jpg, C:\\a.jpg, file:///mnt/a.jpg."""
     return name.removeprefix("file://").startswith("/") or PureWindowsPath(name).is_absolute()

@@ -29,6 +29,8 @@ PLACE = re.compile(r"<(?:video|audio|bbox|ref-object|ref|box|quad|img|image_?[0-
 SPEAKS = re.compile(r"<image>|\b(?:image|picture|photo|figure|diagram)s?\b", re.IGNORECASE)
 CLOSING = re.compile(r"(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final |correct )?answer is)\s*"
                      r"(?:option )?([^\s.][^\n]*?)\.?\s*$", re.IGNORECASE)
+BOX = re.compile(r'("bbox_2d"\s*:\s*)?\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]'.format(    # (mark, 4 numbers)
+    n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d{1,2})?)"))
 MAX_LINE = 2_000_000                                            # characters of a row
 
 
@@ -103,8 +105,8 @@ def declared_tasks(text) -> dict:
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}
     """
-    declared = {}
-    for word in re.split(r"[\s,]+", text or ""):
+    declared, text = {}, " ".join(map("=".join, text.items()) if isinstance(text, dict) else [text or ""])
+    for word in re.split(r"[\s,]+", text):
         name, _, task = word.rpartition("=")
         if word and (task not in TASKS or name.lower() in declared):
             raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders whose names begin with NAME, "
@@ -113,10 +115,17 @@ def declared_tasks(text) -> dict:
     return declared
 
 
-def task_name(declared: dict, file) -> str:
+def file_key(declared: dict, file) -> str:
     """The most exact key of `declared` that speaks of a file, "" if none does."""
     names = (Path(file).stem.lower(), Path(file).parent.name.lower())
     return max((key for key in declared if any(name.startswith(key) for name in names)), key=len, default="")
+
+
+def task_of(row: dict, file, declared: dict, chat_task=None):
+    """A row's own task, else its file's, else that of all rows; a chat without one has `chat_task`, else it is general."""
+    if key := file_key(declared, file):
+        return row["task"] or declared[key]
+    return row["task"] or row["chat"] and chat_task or declared.get("") or ("general" if row["chat"] else None)
 
 
 # ---- Rows ----
