@@ -95,7 +95,10 @@ def parse_labels(text):
     """
     parts = (re.sub(r"^\s*(?:[-*•]|[0-9]{1,2}[.)])\s+", "", part) for part in re.split(r"[,;\n]", undress(text)))
     labels = [label for part in parts if (label := " ".join(part.strip(EDGES).split()))]
-    return list({label.lower(): label for label in reversed(labels)}.values())[::-1]
+    first = {}
+    for label in labels:
+        first.setdefault(label.lower(), label)
+    return list(first.values())
 
 
 # ---- Boxes ----

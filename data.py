@@ -33,9 +33,10 @@ from answers import MAX_ANSWER, extract_answer, offered_letters
 from distributed import RunError, UserError, gather, say, world
 from tasks import TASKS, kind, truth_of
 from tools import doubts
-from tools.images import image_roots, image_sizes, is_absolute, load_image, opened, resolve_image
+from tools.images import image_roots, image_sizes, load_image, opened, rerooted, resolve_image
 from tools.limits import limits
-from tools.shapes import BOX, bare, declared_tasks, file_key, json_files, one_row, read_rows, task_of
+from tools.layout import check_names, declared_tasks, find_files, form_of, read_rows, task_of, tell_faults
+from tools.shapes import BOX, bare, one_row
 
 FORMS = ("binary", "choice", "open")
 TEXTS = ["*.json", "*.jinja", "*.txt"]                  # what a checkpoint has beside its weights
@@ -110,7 +111,8 @@ class Processor:
         if max_pixels < MIN_PIXELS:
             raise UserError(f"max_pixels is {max_pixels}, but an image takes at least {MIN_PIXELS}.")
         try:
-            model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+            if (model_type := AutoConfig.from_pretrained(path, trust_remote_code=False).model_type) != "qwen2_5_vl":
+                raise ValueError(f"its model type is {model_type}")
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
             files = checkpoint_files(path)
@@ -121,9 +123,8 @@ class Processor:
         vocabulary = tokenizer.get_vocab()              # once: it is made anew, 151,665 entries of it
         missing = [token for token in cls.SPECIAL if token not in vocabulary]
         missing += [] if _places_images(tokenizer) else ["a chat template with places for images"]
-        if model_type != "qwen2_5_vl" or missing:
-            raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its model type is {model_type}, and its tokenizer "
-                            f"lacks {', '.join(missing) or 'nothing'}.")
+        if missing:
+            raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its tokenizer lacks {', '.join(missing)}.")
         if hidden := [tag for tag in TAGS if tag not in tokenizer.decode(tokenizer(tag)["input_ids"], True)]:
             raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out of "
                             "the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
@@ -133,14 +134,21 @@ class Processor:
         return cls(tokenizer, image_processor, files)
 
     def save_pretrained(self, path) -> None:
-        """Write what stands beside the weights: the checkpoint's own files, and preprocessor_config.json anew.
+        """Write what stands beside the weights: the checkpoint's own files, with this run's pixel limits.
 
         Training changes weights alone, so whatever opens the checkpoint opens the result: older transformers, vLLM, ..
-        Only the pixel limits are this run's, so that images are later shown as they were in training.
+        The limits stand wherever one of them looks, or it would show images, and read boxes, in other pixels: `size` is
+        read by transformers 5, the two others by 4.49 to 4.52, and AutoProcessor prefers processor_config.json.
         """
+        self.image_processor.save_pretrained(path)
         for name, content in self.files.items():
             (Path(path) / name).write_bytes(content)
-        self.image_processor.save_pretrained(path)
+        size = self.image_processor.size
+        limits = {"size": dict(size), "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        for name in {"preprocessor_config.json", "processor_config.json"} & set(self.files):
+            settings = json.loads(self.files[name])
+            (settings.setdefault("image_processor", {}) if name[:4] == "proc" else settings).update(limits)
+            (Path(path) / name).write_text(json.dumps(settings, indent=2))
 
     def forbidden_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Ids that no completion may hold: special tokens but the end ones, and ids without a token.
@@ -179,7 +187,8 @@ class Processor:
             image = load_image(path)
         except UserError as error:
             raise RunError(f"{example.where}: {error}".removeprefix(": ")) from error
-        return image.resize(model_size(image.size, self.image_processor.size["longest_edge"]), Image.Resampling.BICUBIC)
+        size = model_size(image.size, self.image_processor.size["longest_edge"])
+        return image.resize(size, Image.Resampling.BICUBIC)     # as the image processor does, at its cost of memory
 
     def prompt_lengths(self, examples) -> list[int]:
         """Tokens of each prompt, image tokens included; no image is decoded, and no example is tokenized twice."""
@@ -193,7 +202,7 @@ class Processor:
         return self.prompt_lengths([example])[0]
 
     def _image_tokens(self, example: Example) -> int:
-        """Tokens of the example's images, but for the one a place has; the first one's size is known, else by headers."""
+        """Tokens of the example's images beside the one of each place, by known sizes or else by the files' headers."""
         sizes = [example.size] if example.size else []
         for path in example.images[len(sizes):]:
             with opened(path) as image:
@@ -314,20 +323,20 @@ def check_payable(example: Example) -> None:
     answer = extract_answer(f"<answer>{kind(example).spell(example)}</answer>")
     if (example.form, example.task) != ("open", "general") and (
             answer is None or kind(example).accuracy(answer, truth_of(example)) < 1):
-        raise UserError(f"its truth {truth_of(example)[:80]!r} does not score 1 when it is given as the answer, which has "
-                        f"at most {MAX_ANSWER:,} characters and no tags; shorten or correct it.")
+        raise UserError(f"its truth {truth_of(example)[:80]!r} does not score 1 when it is given as the answer, which "
+                        f"has at most {MAX_ANSWER:,} characters and no tags; shorten or correct it.")
 
 
 def in_model_pixels(example: Example, original: tuple[int, int], size: tuple[int, int]) -> Example:
-    """The example with its boxes in pixels of the image at `size`: all in its texts, or of tasks without boxes the marked."""
+    """The example with the boxes of its texts in pixels of the image at `size`; of tasks without boxes, the marked."""
     unmarked = TASKS[example.task].boxes
     texts = [example.problem, example.solution, *(text for _, text in example.history)]
     found = [box for text in texts for box in BOX.findall(text) if box[0] or unmarked]
     if len(example.images) > 1 and (found or unmarked):
-        raise UserError(f"the row has boxes and {len(example.images)} images, and does not say whose they are; give it one.")
+        raise UserError(f"the row has boxes and {len(example.images)} images, and boxes can be told of one only.")
     if any(max(map(float, box[1:])) <= 1 for box in found):
-        raise UserError(f"its boxes, such as [{', '.join(found[0][1:])}], are shares of the image; `python -m tools.convert "
-                        "rows FILE --boxes fractions` writes them in pixels.")
+        raise UserError(f"its boxes, such as [{', '.join(found[0][1:])}], are shares of the image; `python -m "
+                        "tools.convert rows FILE --boxes fractions` writes them in pixels.")
     problem, solution, *history = (resize_boxes_in(text, original, size, unmarked) for text in texts)
     history = tuple((role, text) for (role, _), text in zip(example.history, history))
     return replace(example, problem=problem, solution=solution, history=history, size=size)
@@ -344,9 +353,9 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
     start, by default the folder that `path` is in. UserError lists every bad row, "file:line: its fault";
     `skip_bad_rows` drops them and says how many, unless the file as a whole seems to mean something else.
     """
-    root, rows, faults, rerooted = Path(image_root or Path(path).parent), read_rows(path), {}, []
+    root, rows, faults, moved = Path(image_root or Path(path).parent), read_rows(path), {}, []
     read = partial(read_example, root=root, form=form, tasks=declared_tasks(task), chat_task=chat_task,
-                   allow_outside=allow_outside, rerooted=rerooted)
+                   allow_outside=allow_outside, moved=moved)
 
     def each(function, items):
         done = {}
@@ -363,24 +372,12 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
     boxes = doubts.boxes_of(drafts.values(), sizes)
     tell_faults(path, [f"{where}: {faults[where]}" for where, _ in rows if where in faults], len(rows),
                 doubts.box_convention(boxes), skip_bad_rows and bool(examples))
-    for sentence in doubts.in_a_file(list(examples.values()), boxes, rerooted):
+    for sentence in doubts.in_a_file(list(examples.values()), boxes, moved):
         say(f"{path}: {sentence}")
     return list(examples.values())
 
 
-def tell_faults(path, faults: list[str], count: int, doubt: str, skip: bool) -> None:
-    """UserError that lists the faults of a file of `count` rows; with `skip`, and no doubt about the file, one line."""
-    if not count:
-        raise UserError(f"{path} holds no rows.")
-    if faults and (doubt or not skip):
-        more = [f".. and {len(faults) - 20} more."] if len(faults) > 20 else []
-        raise UserError("\n".join([f"{path}: {len(faults)} of {count} rows cannot be used.", *faults[:20], *more,
-                                   doubt or "Correct these rows, or drop them with --skip_bad_rows."]))
-    if faults:
-        say(f"{path}: dropped {len(faults)} of {count} rows, the first {faults[0]}")
-
-
-def read_example(row, where: str, *, root: Path, form, tasks: dict, chat_task, allow_outside: bool, rerooted) -> Example:
+def read_example(row, where: str, *, root: Path, form, tasks: dict, chat_task, allow_outside: bool, moved: list) -> Example:
     """A row as an Example that is not checked yet: boxes in original pixels, images found but not opened."""
     row, file = one_row(row), Path(where.rpartition(":")[0])
     task = task_of(row, file, tasks, chat_task)
@@ -393,7 +390,7 @@ def read_example(row, where: str, *, root: Path, form, tasks: dict, chat_task, a
     solution = row["solution"] if task == "general" else bare(row["solution"])
     check_text("".join([problem, solution, *(text for _, text in history)]))
     images = [resolve_image(name, image_roots(root, file), allow_outside) for name in row["images"]]
-    rerooted += [image for image, name in zip(images, row["images"]) if is_absolute(name) and not name.endswith(image)]
+    moved += [image for image, name in zip(images, row["images"]) if rerooted(name, image)]
     found = sum(text.count("<image>") for text in (problem, *(text for _, text in history)))
     if found not in (0, len(images)):
         raise UserError(f"the text says <image> {found} times, but the row has {len(images)} images.")
@@ -490,7 +487,7 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
     return derived
 
 
-# ---- Order and files ----
+# ---- Order ----
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
     """Which of `n` examples are the global batch at `step` (from 0) of an endless stream of shuffled epochs.
@@ -504,34 +501,6 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
 def _epoch(n: int, epoch: int, seed: int) -> tuple[int, ...]:
     """A permutation of range(n)."""
     return tuple(random.Random(f"{seed}/{epoch}").sample(range(n), n))
-
-
-def form_of(name: str) -> str:
-    """The form that a file name or path speaks of: "judge_val" -> binary; open if of none."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return "binary" if "binary" in words or "judge" in words else "choice" if "choice" in words else "open"
-
-
-def find_files(data_dir) -> dict:
-    """What a task directory holds: {"train": {form: path}, "test": {split: (form, path)}, "questions": path}.
-
-    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl file or a folder of them, and
-    test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or questions.jsonl. None where there is
-    none; UserError where there is nothing at all.
-    """
-    root, train, test = Path(data_dir), dict.fromkeys(FORMS), {}
-    for base in (root, root / "grpo_data"):             # the later and the more exact name wins
-        for name in ("judge", "binary", "choice", "open"):
-            found = [path for path in (base / "train" / name, base / "train" / f"{name}.jsonl") if path.exists()]
-            train[form_of(name)] = found[-1] if found else train[form_of(name)]
-        for file in json_files(base / "test") + json_files(base / "train", "**/*_test"):
-            split = file.stem if file.stem not in test else f"{file.parent.name}_{file.stem}"
-            test[split] = (form_of(str(file.relative_to(base))), file)
-    questions = [path for path in (root / "questions.jsonl", root / "SFT_data" / "reject") if path.exists()]
-    if not (any(train.values()) or test or questions):
-        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or judge, "
-                        "choice, open) and test/*.jsonl, and for SFT_data/reject/*.jsonl and questions.jsonl.")
-    return {"train": train, "test": test, "questions": questions[-1] if questions else None}
 
 
 # ---- All that a run will need ----
@@ -576,14 +545,6 @@ def load_data(cfg):
     for sentence in doubts.between(read, tests):
         say(f"{cfg.data}: {sentence}")
     return examples, tests, questions
-
-
-def check_names(task, paths) -> None:
-    """UserError if a NAME of --task NAME=TASK is that of no data file: its rows would get another task."""
-    files = [file for path in paths if path for file in (json_files(path) if Path(path).is_dir() else [path])]
-    for name in declared_tasks(task):
-        if name and not any(file_key({name: ""}, file) for file in files):
-            raise UserError(f"--task: no file or folder of the data begins with {name!r}.")
 
 
 def refuse_long_prompts(cfg, processor, examples):

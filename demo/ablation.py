@@ -427,8 +427,8 @@ def report(bases, jobs, rows, args):
     differences = [[f"{one} - {other}", *(difference(there, one, other, split) for split in splits)]
                    for one, other in PAIRS]
     parts = [f"# What did every row of the ablation score?\n\n{b + c + o} updates of {per_step(args, main[0])} rollouts a "
-             f"row ({b} + {c} + {o} in the curriculum), seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
-             "runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
+             f"row ({b} + {c} + {o} in the curriculum), seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, "
+             "strict scorer: mean over runs, half the 95 % interval for as many questions, range over runs in brackets.\n",
              "## What predicts the outcome\n", predictors(bases, jobs, rows, args), "",
              "## Rows\n", *[table + "\n" for table in results_tables(there)], "## Run by run, the same base and seed\n",
              markdown(["difference", *splits], differences)]

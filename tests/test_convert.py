@@ -81,7 +81,7 @@ def test_coco_rows_load_and_have_all_three_forms(tmp_path, instances, capsys):
     examples = derived_all(out, root)
     assert set(Counter(e.task for e in examples)) == {"detection", "classify", "math"}
     said = capsys.readouterr().out
-    assert f"python pictures.py examples {out} --image_root {root}" in said and "24 classify" in said
+    assert f"python -m tools.pictures examples {out} --image_root {root}" in said and "24 classify" in said
     pictures.main(["examples", str(out), "--image_root", str(root), "--out", str(tmp_path / "sheet.png")])
     truth = {(f"{a['image_id']:03}.png", value["categories"][a["category_id"]]["name"]): a["bbox"]
              for a in value["annotations"]}
@@ -172,7 +172,7 @@ def test_an_image_that_shows_every_label_is_not_asked_for_its_labels(tmp_path, i
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
     rows = rows_of(tmp_path / "open.jsonl")
     assert not [row for row in rows if row["image"] == "001.png" and row["task"] == "classify"]
-    assert "no wrong answer" in capsys.readouterr().out
+    assert "it needs a label that is absent" in capsys.readouterr().out
     derived_all(tmp_path / "open.jsonl", root)           # a box as large as the image among them
     value["annotations"] = [annotation(n, n, 0, [9, 9, 50, 50]) for n in range(9)]      # one label alone
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl", "--force")
@@ -286,6 +286,8 @@ def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys)
     root, _ = instances
     file = write_jsonl(tmp_path / "a.jsonl", [{"image": "000.png", "bbox": [120, 90, 180, 140], "caption": "it"}])
     said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    assert "0 fit as xywh, 1 as xyxy" in said and "add --boxes xyxy" in said
+    said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xywh")
     assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
     run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")
     assert boxes_of(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[120, 90, 180, 140]]

@@ -19,6 +19,7 @@ import tasks
 from answers import iou, parse_boxes, parse_letters
 from data import Example, Processor, derive, load_examples
 from distributed import UserError
+from tools.images import inspect_image
 from tools.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
 
 
@@ -184,7 +185,7 @@ def test_modes_are_converted_as_seen(tmp_path, processor):
     assert cmyk.getpixel((0, 0))[0] > 225 and max(cmyk.getpixel((0, 0))[1:]) < 30
     assert palette.getpixel((0, 0)) == (255, 0, 0)
     assert clear.getpixel((0, 0)) == (255, 255, 255)        # not the black that hides below transparent pixels
-    assert turned.size == data.inspect_image(paths[3]) == (120, 60)
+    assert turned.size == inspect_image(paths[3]) == (120, 60)
     (example,) = load(tmp_path, row(image="turned.jpg"))
     assert example.size == (112, 56) and processor(example).image_grid_thw.tolist() == [[1, 4, 8]]
 

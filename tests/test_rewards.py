@@ -32,7 +32,7 @@ def accuracy(form, task, truth, answer, **settings):
 
 BOX = '{"bbox_2d": [10, 10, 50, 50]}'
 KINDS = [("binary", "math", "yes"), ("choice", "classify", "A, C"), ("open", "classify", "dog, cat"),
-         ("open", "detection", BOX), ("open", "math", "12"), ("open", "math", "B"), ("open", "math", r"\frac{1}{3}"),
+         ("open", "detection", BOX), ("open", "math", "12"), ("open", "math", "B"), ("open", "math", r"\frac{1}{3}"), ("open", "math", r"2\sqrt{3}"),
          ("open", "general", "The dog is brown.")]
 
 
@@ -352,7 +352,7 @@ BOMBS = [
     f"[{'9' * 3000}, 0, 1, 1]", str([[i, i, i + 500, i + 500] for i in range(64)]).replace(" ", ""),        # JSON
     "\\frac{" * 600, "\\frac{1}{" * 10, "\\sqrt{" * 500, "\\boxed{" * 500, "\\text{" * 600, "$" * 3999, "\\" * 3999,
     "^{" * 1900, "√" * 3000, "square " * 500,                                                               # LaTeX
-    "1e999999999", "9**9**9", "9" * 119, "9" * 3999, "9" * 5000, "9" * 110 + "π", "1/" + "0" * 100, "1/√0", "0/0",
+    "1e999999999", "*".join(["10^60"] * 6), "9**9**9", "9" * 119, "9" * 3999, "9" * 5000, "9" * 110 + "π", "1/" + "0" * 100, "1/√0", "0/0",
     "1" + ",000" * 29, "." + "0" * 100 + "1", "1/." + "0" * 99 + "1", "NaN", "Infinity", "-inf", "-" * 3999,
     "1 " * 1900, " " * 3998 + "1", "1," * 1999, ", " * 1900, "no " * 1300,                                  # numbers
     "\x00", "\ud800", "\u202e12", "\ufeff12", "٣٤", "²", "½", "Ⅻ", "{0}", "%s", "__import__('os')",       # characters

@@ -115,6 +115,11 @@ def is_absolute(name: str) -> bool:
     return name.removeprefix("file://").startswith("/") or PureWindowsPath(name).is_absolute()
 
 
+def rerooted(name: str, path: str) -> bool:
+    """Whether an image that a row names was found at another place than the row says."""
+    return is_absolute(name) and os.path.normpath(name.removeprefix("file://")) != path
+
+
 # ---- All images of a file ----
 
 def image_sizes(paths, root) -> dict:

@@ -12,18 +12,21 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from answers import END, MAX_ANSWER, undress
+from answers import END, MAX_ANSWER, parse_letters, undress
 
 MAX_NUMBER = 120                        # characters; a longer number is none
 MAX_TOKENS, MAX_DEPTH, MAX_POWER = 60, 8, 60    # of a number
+MAX_VALUE = 1e300                       # a larger one is none: floats and fractions must not overflow on each other
 MAX_PARTS = 12                          # of a tuple, set or list; more are compared as text
 
 SPELLING = [(re.compile(pattern), plain) for pattern, plain in (    # LaTeX and typography -> plain text, in this order
     (r"\\\\(?=[A-Za-z])", r"\\"), (r"(?<=[0-9])(?:\\[,!]|\{,\})+(?=[0-9]{3})", ","), (r",\\! ?(?=[0-9]{3})", ","),
-    (r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~", " "), (r"\\([{}%#&])", r"\1"),
+    (r"^(?:\\?\$ ?([0-9.,]+)|([0-9.,]+) ?\\?\$)$", r"\1\2 dollars"),          # one "$" is money, two are math
+    (r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|(?<=[0-9A-Za-z}])~(?=[0-9A-Za-z\\])", " "),
+    (r"\\([{}%#&])", r"\1"), (r"(?<![\w/.,])([0-9]+(?:\.[0-9]+)?)[eE]\+?(-?[0-9]{1,2})(?![\w.])", r"\1*10^{\2}"),
     (r"\\(?:text|mathrm|mbox|textbf|mathbf|textnormal|operatorname) ?\{([^{}]*)\}", r" \1 "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\?sqrt(?![A-Za-z])", "√"), (r"(?<![A-Za-z])\\?[Pp]i(?![A-Za-z])", "π"),
+    (r"\\?sqrt(?![A-Za-z])", "√"), (r"(?<![A-Za-z])(?:\\?pi|(?<!\\)Pi)(?![A-Za-z])", "π"),
     (r"\\(?:cdot|times)(?![A-Za-z])|[·×⋅∙]", "*"), (r"(?:\* ?)?(?:\^ ?\{? ?\\circ ?\}?|\\degree|[∘º˚°])", "°"),
     ("[−–—]", "-"), ("²", "^2"), ("³", "^3"), ("，", ","), ("：", ":"), ("（", "("), ("）", ")"), ("½", r"\\frac12"),
     ("¼", r"\\frac14"), ("¾", r"\\frac34"), ("⅓", r"\\frac13"), ("⅔", r"\\frac23"), (r"\s+", " "))]
@@ -39,7 +42,14 @@ UNIT = re.compile(r"(square |sq |cubic |平方|立方)?([A-Za-z]+(?:/[A-Za-z]+)?
                   r"(?: ?\^? ?\{? ?([23]) ?\}?\^?)?")
 LITERAL = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")   # not \d: any script's
 TOKEN = re.compile(rf" ?({LITERAL.pattern}|\\frac|[-+*/^(){{}}√π])")
-NAMED = re.compile(r" ?m?(?:\\?angle|∠)? ?\\?[A-Za-zα-ω]{1,5}(?:_\{?[0-9A-Za-z]\}?)? ?= ?")    # x =, m∠ABC =, S_1 =
+SCALE = re.compile(r"(?:hundred|thousand|[mb]illion|trillion|dozen|half|halves|third|quarter|"
+                   r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th)s?|squared|cubed|"
+                   r"factorial|times|negative|[十百千万亿半倍].*")       # changes the number before it: no unit
+NOT = r"(?! ?(?:no|not|never) ?=)"      # "not = 3" names nothing
+NAMED = re.compile(NOT + r" ?m?(?:\\?angle|∠)? ?\\?[A-Za-zα-ω]{1,5}(?:_\{?[0-9A-Za-z]\}?)? ?= ?")  # x =, m∠ABC =
+
+
+OPTIONS = re.compile(r"(?:[A-J]|\([A-J]\))(?:(?:,? and |[, ] ?)(?:[A-J]|\([A-J]\)))+")
 
 
 class Number(NamedTuple):
@@ -69,6 +79,8 @@ def parse_number(text):
     text = plain(text)
     text = NAMED.sub("", text, 1) if NAMED.match(text) else text
     text = text[1:-1].strip() if text[:1] + text[-1:] == "[]" else text
+    if text[:1] == "(" and text[-1:] == ")" and "," in text:
+        return None                                     # (1,234) is a pair
     if text[:1] in ("€", "$"):
         text = f"{text[1:]} {text[0]}"
     tokens, end = [], 0
@@ -81,6 +93,8 @@ def parse_number(text):
     try:
         value, _ = Grammar(tokens).whole()
     except (ValueError, OverflowError, ZeroDivisionError):
+        return None
+    if not abs(value) < MAX_VALUE:                      # nan, too
         return None
     digits = "".join(tokens).lstrip("+-").replace(",", "")
     decimals = len(digits.partition(".")[2]) if LITERAL.fullmatch(digits) else None
@@ -99,10 +113,11 @@ def read_unit(text):
     square, name, power = match.groups()
     power = power or {"s": "2", "平": "2", "c": "3", "立": "3"}.get((square or "")[:1], "")
     known = UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 1 else None)
-    if known is None and (len(name) < 4 and name.isascii() or name.lower() in ("sqrt", "frac")):
-        return None                                     # x, sin: no unit
+    if known is None and (len(name) < 4 and name.isascii() or name.lower() in ("sqrt", "frac")
+                          or SCALE.fullmatch(name.lower())):
+        return None                                     # x, sin, million: no unit
     unit = name.lower() if known is None else known
-    return "" if unit == "unit" else unit + (f"^{power}" if power else "")
+    return "" if unit == "unit" and not power else unit + (f"^{power}" if power else "")
 
 
 class Grammar:
@@ -237,10 +252,8 @@ def same_number(answer, truth):
     by "30 rad", "30 km^3". A decimal answer may also round the truth, if it has as many decimals as the truth, two if
     the truth is symbolic. Truth 1/3: "0.33", "0.333" -> True; "0.3", "0.34" -> False. Truth "3.14": "3.1" -> False.
     """
-    if answer.unit and answer.unit != truth.unit:
-        base, _, power = answer.unit.partition("^")
-        if truth.unit or not (answer.unit in MONEY | {"°", "%"} or base in LENGTHS and power != "3"):
-            return False
+    if not same_unit(answer.unit, truth.unit):
+        return False
     if truth.unit == "%" and not answer.unit and answer.value == 100 * truth.value:
         return True
     error = abs(answer.value - truth.value)
@@ -250,6 +263,16 @@ def same_number(answer, truth):
     return enough and error <= Fraction(1, 2 * 10 ** answer.decimals)
 
 
+def same_unit(answer, truth):
+    """Whether a unit may answer a truth's, as same_number says; "unit^2" ("square units") stands for any area."""
+    (base, _, power), (other, _, raised) = answer.partition("^"), truth.partition("^")
+    if not answer or answer == truth:
+        return True
+    if not truth:
+        return answer in MONEY | {"°", "%"} or base in LENGTHS | {"unit"} and power != "3"
+    return "unit" in (base, other) and power == raised
+
+
 # ---- Mathematical answers: a letter, a number, a tuple or list of such, or text ----
 
 def same_math(answer, truth, depth=2):
@@ -257,9 +280,14 @@ def same_math(answer, truth, depth=2):
 
     Of one option letter, A to J, case is no matter; of symbols it is. (a, b) is not (b, a), [a, b) not (a, b].
     """
-    if re.fullmatch(r"\(?[A-J]\)?", option := undress(truth, END + "!")):
+    if max(len(answer), len(truth)) > MAX_ANSWER:
+        return False
+    if depth == 2 and re.fullmatch(r"\(?[A-J]\)?", option := undress(truth, END + "!")):
         said = undress(answer, END)
         return re.fullmatch(r"\(?[A-Ja-j]\)?", said) is not None and said.strip("()").upper() == option.strip("()")
+    if depth == 2 and OPTIONS.fullmatch(option):        # several letters are a set; (A, B) is a pair
+        return OPTIONS.fullmatch(undress(answer, END).upper().replace(" AND ", " and ")) is not None and \
+            parse_letters(answer) == parse_letters(truth)
     if number := parse_number(truth):
         said = parse_number(answer)
         return said is not None and same_number(said, number)
@@ -284,7 +312,7 @@ def same_set(answers, truths):
 
 def elements(text):
     """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, braces, and "" for a bare list; None for others."""
-    text, brackets = plain(text)[:MAX_ANSWER], ""
+    text, brackets = plain(text[:MAX_ANSWER]), ""
     parts, depth, start, outer = [], 0, 0, True
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
@@ -302,6 +330,7 @@ def elements(text):
 
 def normalize(text):
     r"""Plain text without spaces beside signs; words in lower case, symbols as they are: r"$3x + 2$." -> "3x+2"."""
-    text = re.sub(r"\{([0-9A-Za-z])\}", r"\1", plain(text[:MAX_ANSWER]))
+    text = re.sub(r"(?<=\\frac)\{([0-9])\}|(?<![0-9])\{([0-9])\}(?![0-9{])|\{([A-Za-z])\}", r"\1\2\3",
+                  plain(text[:MAX_ANSWER]))
     text = re.sub(r" ?([^0-9A-Za-z\s]) ?", r"\1", text)
     return text.lower() if re.fullmatch(r"[A-Za-z' -]*[A-Za-z]{3}[A-Za-z' -]*", text) else text

@@ -11,10 +11,8 @@ asked (a video, a picture under another key, a place for one) is a UserError.
 
 import json
 import re
-from pathlib import Path
 
 from distributed import UserError
-from tasks import TASKS
 from tools.images import ENDINGS
 
 PROBLEMS = ("problem", "question", "query", "prompt")           # the first that a row has
@@ -31,101 +29,6 @@ CLOSING = re.compile(r"(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\b
                      r"(?:option )?([^\s.][^\n]*?)\.?\s*$", re.IGNORECASE)
 BOX = re.compile(r'("bbox_2d"\s*:\s*)?\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]'.format(    # (mark, 4 numbers)
     n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d{1,2})?)"))
-MAX_LINE = 2_000_000                                            # characters of a row
-
-
-# ---- Files ----
-
-def json_files(folder, name: str = "**/*") -> list[Path]:
-    """The .jsonl and .json files of a folder whose names without ending match, sorted."""
-    return sorted(file for ending in (".jsonl", ".json") for file in Path(folder).glob(name + ending))
-
-
-def read_rows(path) -> list[tuple]:
-    """[("file:line", row, or the UserError that stands for a broken one)]; of a folder, all files but `*_test`.
-
-    JSON lines, JSON objects one after the other over any lines, one list of objects, or one object of objects (then
-    the number of the object stands for the line).
-    """
-    path = Path(path)
-    files = [file for file in json_files(path) if not file.stem.endswith("_test")] if path.is_dir() else [path]
-    return [(f"{file}:{number}", row) for file in files for number, row in file_rows(file)]
-
-
-def file_rows(file) -> list[tuple]:
-    """[(line or number, row or UserError)] of one file."""
-    try:
-        if not file.is_file() and file.exists():
-            raise UserError(f"{file} is no regular file.")
-        text = file.read_text("utf-8-sig")              # any line ends
-        if text.lstrip().startswith("["):
-            return list(enumerate(json.loads(text), 1))
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
-    rows = [(number, parsed(line)) for number, line in lines]
-    if rows and isinstance(rows[0][1], UserError) and (spread := objects(text)):
-        rows = spread                                   # an object over several lines
-    if len(rows) != 1 or not isinstance(table := rows[0][1], dict):
-        return rows
-    if {"images", "annotations"} <= set(table):
-        raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with python -m tools.convert.")
-    lists = [value for value in table.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if all(isinstance(value, dict) for value in table.values()):
-        return list(enumerate(table.values(), 1))
-    return list(enumerate(lists[0], 1)) if len(lists) == 1 and not set(TURNS) & set(table) else rows
-
-
-def parsed(line: str):
-    """The object of one line, or a UserError as a value, so that all broken lines are told together."""
-    if len(line) > MAX_LINE:
-        return UserError(f"the row has {len(line):,} characters; a question is text, and names its images by their paths.")
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return UserError(f"broken JSON ({error}).")
-
-
-def objects(text: str) -> list[tuple]:
-    """[(line it starts on, value)] of JSON values one after the other; [] if the text is anything else."""
-    decoder, found, end = json.JSONDecoder(), [], 0
-    while start := re.compile(r"\S").search(text, end):
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            return []
-        found.append((text.count("\n", 0, start.start()) + 1, value))
-    return found
-
-
-# ---- Tasks by file: --task ----
-
-def declared_tasks(text) -> dict:
-    """{beginning of a file's or folder's name, "" for all others: task} that --task says; UserError if it says nonsense.
-
-    "math RefGTA=detection" -> {"": "math", "refgta": "detection"}
-    """
-    declared, text = {}, " ".join(map("=".join, text.items()) if isinstance(text, dict) else [text or ""])
-    for word in re.split(r"[\s,]+", text):
-        name, _, task = word.rpartition("=")
-        if word and (task not in TASKS or name.lower() in declared):
-            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders whose names begin with NAME, "
-                            f"said once, where TASK is one of {', '.join(TASKS)}.")
-        declared |= {name.lower(): task} if word else {}
-    return declared
-
-
-def file_key(declared: dict, file) -> str:
-    """The most exact key of `declared` that speaks of a file, "" if none does."""
-    names = (Path(file).stem.lower(), Path(file).parent.name.lower())
-    return max((key for key in declared if any(name.startswith(key) for name in names)), key=len, default="")
-
-
-def task_of(row: dict, file, declared: dict, chat_task=None):
-    """A row's own task, else its file's, else that of all rows; a chat without one has `chat_task`, else it is general."""
-    if key := file_key(declared, file):
-        return row["task"] or declared[key]
-    return row["task"] or row["chat"] and chat_task or declared.get("") or ("general" if row["chat"] else None)
 
 
 # ---- Rows ----
@@ -140,12 +43,13 @@ def one_row(row) -> dict:
     turns, names = read_turns(row[key], key) if key else ([("user", text_of(row, PROBLEMS))], [])
     if key == "prompt" and isinstance(row.get("completion"), list):
         turns += read_turns(row["completion"], "completion")[0]
-    chat = turns[-1][0] == "assistant"
-    *history, (_, problem), (_, solution) = turns if chat else [*turns, ("assistant", text_of(row, SOLUTIONS))]
     spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
-    if spoken != (["user", "assistant"] * len(spoken))[:len(spoken)] or not all(text for _, text in turns):
+    chat = spoken[-1:] == ["assistant"]
+    if not spoken or spoken == ["assistant"] or not all(text for _, text in turns) or (
+            spoken != (["user", "assistant"] * len(spoken))[:len(spoken)]):
         raise UserError("its turns must alternate user and assistant, none empty, and end with the reference answer, or "
                         'with a question whose "solution" stands beside.')
+    *history, (_, problem), (_, solution) = turns if chat else [*turns, ("assistant", text_of(row, SOLUTIONS))]
     if chat and any(row.get(name) is not None for name in SOLUTIONS[:3]):
         chat, solution = False, text_of(row, SOLUTIONS)
     found = {"problem": problem, "solution": solution.replace("thinking>", "think>"), "history": history, "chat": chat,
