@@ -447,9 +447,10 @@ def train_stage(run, stage, done):
         means = run.log(stage, step, *take_step(run, stage, step))
         if advance(run, stage, means) or step + 1 == stage.steps:
             break
-        if run.stopping or (step + 1) % run.cfg.save_every == 0:
+        stopping = run.stopping or run.ranks == 1 and signals.arrived()  # several ranks agree in `log`
+        if stopping or (step + 1) % run.cfg.save_every == 0:
             run.save_within(stage, step + 1)
-        if run.stopping:
+        if stopping:
             raise Stopped
     if run.bar is not None:
         run.bar.close()

@@ -126,8 +126,8 @@ class Processor:
         if missing:
             raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its tokenizer lacks {', '.join(missing)}.")
         if hidden := [tag for tag in TAGS if tag not in tokenizer.decode(tokenizer(tag)["input_ids"], True)]:
-            raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out of "
-                            "the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
+            raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out "
+                            "of the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
                             "tokenizer_config.json)")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
         image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
@@ -193,7 +193,7 @@ class Processor:
     def prompt_lengths(self, examples) -> list[int]:
         """Tokens of each prompt, image tokens included; no image is decoded, and no example is tokenized twice."""
         new = [example for example in dict.fromkeys(examples) if example not in self.lengths]
-        bar = tqdm(new, "prompts", leave=False, delay=2, disable=None if world()[0] == 0 else True)
+        bar = tqdm(new, "prompts", leave=False, delay=2, disable=bool(world()[0]) or None)
         self.lengths.update((example, len(self._unexpanded(example)) + self._image_tokens(example)) for example in bar)
         return [self.lengths[example] for example in examples]
 
@@ -377,7 +377,7 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
     return list(examples.values())
 
 
-def read_example(row, where: str, *, root: Path, form, tasks: dict, chat_task, allow_outside: bool, moved: list) -> Example:
+def read_example(row, where, *, root, form, tasks, chat_task, allow_outside, moved: list) -> Example:
     """A row as an Example that is not checked yet: boxes in original pixels, images found but not opened."""
     row, file = one_row(row), Path(where.rpartition(":")[0])
     task = task_of(row, file, tasks, chat_task)

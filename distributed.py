@@ -7,6 +7,7 @@ rows and the number of ranks cannot change the result.
 
 import os
 import pickle
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ def one_line(text, limit=300):
 def leave(sentence, code):
     """Say why and end this process at once: a rank that tidied up first would wait for ranks that wait for it."""
     rank = int(os.environ.get("RANK", 0))
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # whoever ends the others may end this one now
     if rank:
         time.sleep(1)  # rank 0 says what all of them found; another speaks only if it outlives rank 0
     print(f"currreft{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr, flush=True)

@@ -286,7 +286,7 @@ def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys)
     root, _ = instances
     file = write_jsonl(tmp_path / "a.jsonl", [{"image": "000.png", "bbox": [120, 90, 180, 140], "caption": "it"}])
     said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
-    assert "0 fit as xywh, 1 as xyxy" in said and "add --boxes xyxy" in said
+    assert "1 fit as xyxy, 0 fit as xywh" in said and "seem to be xyxy" in said
     said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xywh")
     assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
     run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")

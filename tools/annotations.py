@@ -184,7 +184,7 @@ def questions(where, image, size, things, args, left_out):
 # ---- YOLO and Pascal VOC, as COCO instances ----
 
 def yolo(args, faults):
-    """A folder of YOLO's label files as a COCO object: "class x y width height", center and size as shares, a line each.
+    """A folder of YOLO's label files as a COCO object: lines "class x y width height", center and size as shares.
 
     A line of more numbers is a polygon, whose box is taken. Names of the classes stand in --names: a text of one name a
     line, or the data set's data.yaml. The image of labels/a/1.txt is --image_root/a/1.jpg (or .png, ..).
@@ -278,7 +278,8 @@ def listed(folder, pattern, args):
         raise UserError(f"{folder} is no folder of annotation files.")
     files = [file for file in sorted(folder.glob(pattern)) if file.name not in ("classes.txt", Path(args.names).name)]
     if args.list:
-        wanted = {Path(line.split()[0]).stem for line in Path(args.list).read_text("utf-8-sig").splitlines() if line.split()}
+        lines = Path(args.list).read_text("utf-8-sig").splitlines()
+        wanted = {Path(line.split()[0]).stem for line in lines if line.split()}
         files = [file for file in files if file.stem in wanted]
     return files
 
@@ -349,21 +350,24 @@ def convention(candidates, value, args):
     if not isinstance(value, list):
         return "xywh"
     usual = "xyxy" if isinstance(value[0], dict) and "solution" in value[0] and "bbox" not in value[0] else "xywh"
-    boxes = [(box, size) for c in candidates[:1000] if (size := c.size or header_size(c.image, args)) for box in c.answer]
-    fits = dict.fromkeys(CONVENTIONS, 0)
-    for box, size in boxes:
-        for written in CONVENTIONS:
-            shares = isinstance(box, list) and all(isinstance(n, float | int) and n <= 1 for n in box)
-            try:
-                corners(box, size, written)
-                fits[written] += shares == (written == "fractions")     # in pixels such a box would be a speck
-            except UserError:
-                pass
-    if boxes and (best := max(CONVENTIONS, key=lambda written: (fits[written], written == usual))) != usual:
-        raise UserError(f"{args.file} does not say how its boxes are written. Of {len(boxes)} boxes {fits[usual]} fit as {usual}, "
-                        f"{fits[best]} as {best} ({', '.join(f'{n} as {w}' for w, n in fits.items() if w not in (usual, best))}). "
-                        f"If that is what they are, add --boxes {best}; else --boxes {usual}.")
+    sized = [(c.answer, c.size or header_size(c.image, args)) for c in candidates[:1000]]
+    boxes = [(box, size) for answer, size in sized if size for box in answer]
+    fits = {written: sum(fit(box, size, written) for box, size in boxes) for written in CONVENTIONS}
+    best = max(CONVENTIONS, key=lambda written: (fits[written], written == usual))
+    if fits[best] > fits[usual]:
+        counts = ", ".join(f"{count} fit as {written}" for written, count in fits.items())
+        raise UserError(f"{args.file} does not say how its boxes are written. Of {len(boxes)} boxes {counts}: they "
+                        f"seem to be {best}. Say how with --boxes.")
     return usual
+
+
+def fit(box, size, written):
+    """Whether a box can be read so. One within 0..1 is meant as shares: in pixels it would be a speck."""
+    shares = isinstance(box, list) and all(isinstance(n, float | int) and n <= 1 for n in box)
+    try:
+        return bool(corners(box, size, written)) and shares == (written == "fractions")
+    except UserError:
+        return False
 
 
 def header_size(name, args):

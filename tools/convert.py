@@ -42,7 +42,7 @@ from tools.shapes import BOX, bare, one_row
 # ---- Choosing and writing ----
 
 def choose(candidates, args, faults, left_out):
-    """{split: rows}: of each task up to --per_task usable candidates, kinds in turn, all versions of a photo in one split."""
+    """{split: rows}: of each task up to --per_task usable candidates, kinds in turn, a photo's versions together."""
     chosen, bad, count, inspect = {"train": [], "test": []}, [], Counter(), functools.lru_cache(None)(inspect_image)
     room = {"train": args.per_task * (1 - args.test_share), "test": args.per_task * args.test_share}
     pool = {label for c in candidates if c.task == "classify" for label in parse_labels(c.answer)}
@@ -132,8 +132,8 @@ def convert(args):
                                    "Correct them, or drop what they spoil with --skip_bad_rows."]))
     print("".join(f"left out: {n} x {reason}\n" for reason, n in left_out.most_common() if n), end="")
     if empty := [split for split in paths if not chosen[split]]:
-        raise UserError("\n".join([f"{args.file} gives no {empty[0]} rows. --min_share, --max_boxes, --max_count, --split, "
-                                   "--list and --test_share say what is taken.", *told]))
+        raise UserError("\n".join([f"{args.file} gives no {empty[0]} rows. --min_share, --max_boxes, --max_count, "
+                                   "--split, --list and --test_share say what is taken.", *told]))
     if faults:
         print(f"dropped {len(faults)} bad entries and what they spoil, the first {faults[0]}", file=sys.stderr)
     write({paths[split]: chosen[split] for split in paths})
@@ -210,14 +210,14 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True)
     add = functools.partial(commands.add_parser, allow_abbrev=False)
     one, two, three = (add(name, help=f"{what} -> detection, classify and math rows") for name, what in (
-        ("coco", "instances JSON"), ("yolo", "a folder of YOLO's label files"), ("voc", "a folder of Pascal VOC's XML files")))
+        ("coco", "instances JSON"), ("yolo", "a folder of label files"), ("voc", "a folder of Pascal VOC's XML")))
     four, five = add("refcoco", help="referring expressions -> detection rows"), add("rows", help="boxes to pixels")
     for command, read in ((one, lambda args, *told: coco(read_json(args.file), args, *told)),
                           (two, lambda args, faults, left_out: coco(yolo(args, faults), args, faults, left_out)),
                           (three, lambda args, faults, left_out: coco(voc(args, faults), args, faults, left_out))):
         command.add_argument("--max_boxes", type=int, default=4, help="boxes in one answer at most [4]")
         command.add_argument("--max_count", type=int, default=10, help="objects in one count at most [10]")
-        command.add_argument("--min_share", type=share, default=0.005, help="share of the image that is no tiny box [0.005]")
+        command.add_argument("--min_share", type=share, default=0.005, help="boxes of a smaller share are tiny [0.005]")
         command.set_defaults(candidates=read, boxes="xyxy")     # checked and made corners before an image is opened
     for command in (two, three):
         command.add_argument("--list", default="", help="text that names the annotation files to take, such as val.txt")
@@ -227,8 +227,8 @@ def main(argv=None):
     four.set_defaults(candidates=lambda args, *told: refcoco(read_json(args.file), args, *told))
     five.add_argument("--task", default="", help="of rows that name none: TASK, or NAME=TASK by file")
     for command in (four, five):
-        command.add_argument("--boxes", choices=CONVENTIONS, required=command is five, help="two corners, corner and size, or "
-                             "two corners as shares or thousandths of the image (refcoco: found out where that can be)")
+        command.add_argument("--boxes", choices=CONVENTIONS, required=command is five, help="two corners, corner and "
+                             "size, or two corners as shares or thousandths of the image")
     for command in (one, two, three, four):
         command.add_argument("--per_task", type=int, default=3000, help="rows a task at most; 0: no limit [3000]")
         command.set_defaults(read=lambda args, *told: choose(list(args.candidates(args, *told)), args, *told))

@@ -1,4 +1,4 @@
-"""What is probably not meant in a data set: counted and told, one sentence each, where nothing can be refused row by row."""
+"""What is probably not meant in a data set: counted and told, a sentence each, where no single row can be refused."""
 
 import os
 import re
@@ -20,8 +20,8 @@ def box_convention(boxes) -> str:
                 for box, size in boxes)
     found = f"Of {len(boxes)} boxes"
     if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"{found} {turned} are none as two corners, and all fit as corner and size: they seem to be [x, y, width, "
-                "height]. `python -m tools.convert rows FILE --boxes xywh` writes them as corners.")
+        return (f"{found} {turned} are none as two corners, and all fit as corner and size: they seem to be [x, y, "
+                "width, height]. `python -m tools.convert rows FILE --boxes xywh` writes them as corners.")
     if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
         return (f"{found} {beyond} leave their image, and all lie within 0 to 1000: they seem to be thousandths of the "
                 "image. `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels.")
@@ -35,7 +35,7 @@ def boxes_of(examples, sizes) -> list:
             for _, *numbers in BOX.findall(truth_of(example))]
 
 
-def in_a_file(examples, boxes, rerooted) -> list[str]:
+def in_a_file(examples, boxes, moved) -> list[str]:
     """Sentences about the examples of one file, its boxes (see boxes_of), and its images that other machines named."""
     wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
@@ -45,8 +45,8 @@ def in_a_file(examples, boxes, rerooted) -> list[str]:
              f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
              "image, `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels"),
             (twice, f"{twice} of {len(examples)} rows are there more than once"),
-            (rerooted, f"{len(rerooted)} images are named by paths of another machine, and were found by the ends of these"),
-            (loose, f"{len(loose)} questions without boxes in their answers hold lists of four numbers, the first {loose[:1]}; "
+            (moved, f"{len(moved)} images are named by paths of another machine, and were found by the ends of these"),
+            (loose, f"{len(loose)} questions of tasks without boxes hold lists of four numbers, the first {loose[:1]}; "
              'a box must be marked, {"bbox_2d": [..]}, to be converted to the pixels that the model sees')]
     return [sentence for sign, sentence in told if sign]
 

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PureWindowsPath
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from distributed import UserError, gather, say, world
 from tools.files import write_aside
 
 # Not all that Pillow could read: an EPS starts Ghostscript, whatever its name; a TIFF may have 200,000 pages.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")     # a phone's MPO is read as JPEG
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 MAX_SIDE, MAX_ASPECT = 16_384, 200      # of an original image; the resizer raises beyond the latter
 LARGE = 2**24                           # pixels; of such images one is decoded at a time
@@ -32,8 +32,8 @@ warnings.filterwarnings("ignore", module=r"PIL\b")
 # ---- One image ----
 
 @contextmanager
-def opened(path):
-    """An open image of one of FORMATS, no pixel read yet; whatever goes wrong with it is a UserError."""
+def opened(path, name=None):
+    """An open image of one of FORMATS, no pixel read yet; whatever goes wrong with it is a UserError that names it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             with large if image.width * image.height > LARGE else nullcontext():
@@ -41,8 +41,9 @@ def opened(path):
     except UserError:
         raise
     except Exception as error:          # not narrower: a decoder may raise anything
-        raise UserError(f"image {path} cannot be decoded as PNG, JPEG, WebP, BMP or GIF "
-                        f"({str(error) or type(error).__name__}); save it as one of these, or drop the row.") from error
+        reason = "it is none" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UserError(f"image {name or path} cannot be decoded as PNG, JPEG, WebP, BMP or GIF ({reason}); save it as one "
+                        "of these, or drop the row.") from error
 
 
 def load_image(path) -> Image.Image:
@@ -104,7 +105,7 @@ def resolve_image(name, root, allow_outside: bool = False) -> str:
 
 
 def image_roots(root, file) -> list[Path]:
-    """Where the images of a data file may lie: `root`, and the folder of it that the file is in (grpo_data, SFT_data)."""
+    """Where images of a data file may lie: `root`, and the folder of it that the file is in (grpo_data, SFT_data)."""
     root, file = Path(os.path.abspath(root)), Path(os.path.abspath(file))
     below = file.relative_to(root).parts[:-1] if file.is_relative_to(root) else ()
     return [root, root / below[0]] if below else [root]
@@ -152,8 +153,8 @@ def checked(paths, rank) -> dict:
         except UserError as error:
             return str(error)
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(look, paths), "images", len(paths), leave=False, delay=2, disable=None if rank == 0 else True)
-        return dict(zip(paths, bar))
+        sizes = tqdm(pool.map(look, paths), "images", len(paths), leave=False, delay=2, disable=bool(rank) or None)
+        return dict(zip(paths, sizes))
 
 
 def stamp_file(root) -> Path:

@@ -1,12 +1,13 @@
 """Files of rows: where they lie in a data directory, how they are read, and which form and task a file's name says."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 from distributed import UserError, say
 from tasks import CLOSED, TASKS
-from tools.shapes import TURNS
+from tools.shapes import PROBLEMS, TURNS
 
 MAX_LINE = 2_000_000                    # characters of a row
 
@@ -22,19 +23,22 @@ def form_of(name: str) -> str:
 def find_files(data_dir) -> dict:
     """What a task directory holds: {"train": {form: path}, "test": {split: (form, path)}, "questions": path}.
 
-    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl file or a folder of them, and
-    test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or questions.jsonl. None where there is
-    none; UserError where there is nothing at all.
+    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl or .json file or a folder of
+    them, and test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or questions.jsonl. None where
+    there is none; UserError where there is nothing at all.
     """
     root, train, test = Path(data_dir), dict.fromkeys((*CLOSED, "open")), {}
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"--data {root} is no folder that can be read.")
     for base in (root, root / "grpo_data"):             # the later and the more exact name wins
         for name in ("judge", "binary", "choice", "open"):
-            found = [path for path in (base / "train" / name, base / "train" / f"{name}.jsonl") if path.exists()]
+            names = (base / "train" / f"{name}{ending}" for ending in ("", ".json", ".jsonl"))
+            found = [path for path in names if os.path.exists(path)]
             train[form_of(name)] = found[-1] if found else train[form_of(name)]
         for file in json_files(base / "test") + json_files(base / "train", "**/*_test"):
             split = file.stem if file.stem not in test else f"{file.parent.name}_{file.stem}"
             test[split] = (form_of(str(file.relative_to(base))), file)
-    questions = [path for path in (root / "questions.jsonl", root / "SFT_data" / "reject") if path.exists()]
+    questions = [path for path in (root / "questions.jsonl", root / "SFT_data" / "reject") if os.path.exists(path)]
     if not (any(train.values()) or test or questions):
         raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or judge, "
                         "choice, open) and test/*.jsonl, and for SFT_data/reject/*.jsonl and questions.jsonl.")
@@ -71,22 +75,22 @@ def file_rows(file) -> list[tuple]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
     rows = [(number, parsed(line)) for number, line in lines]
-    if rows and isinstance(rows[0][1], UserError) and (spread := objects(text)):
-        rows = spread                                   # an object over several lines
-    if len(rows) != 1 or not isinstance(table := rows[0][1], dict):
+    if rows and isinstance(rows[0][1], UserError) and len(lines[0][1]) < MAX_LINE and (spread := objects(text)):
+        rows = spread                                   # objects over several lines
+    if len(rows) != 1 or not isinstance(table := rows[0][1], dict) or {*PROBLEMS, *TURNS} & set(table):
         return rows
     if {"images", "annotations"} <= set(table):
         raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with python -m tools.convert.")
     lists = [value for value in table.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if all(isinstance(value, dict) for value in table.values()):
-        return list(enumerate(table.values(), 1))
-    return list(enumerate(lists[0], 1)) if len(lists) == 1 and not set(TURNS) & set(table) else rows
+    if len(lists) == 1:                                 # {"version": 1, "data": [rows]}
+        return list(enumerate(lists[0], 1))
+    return list(enumerate(table.values(), 1)) if all(isinstance(value, dict) for value in table.values()) else rows
 
 
 def parsed(line: str):
     """The object of one line, or a UserError as a value, so that all broken lines are told together."""
     if len(line) > MAX_LINE:
-        return UserError(f"the row has {len(line):,} characters; a question is text, and names its images by their paths.")
+        return UserError(f"the row has {len(line):,} characters; a question is text, and names images by their paths.")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -120,7 +124,7 @@ def tell_faults(path, faults: list[str], count: int, doubt: str, skip: bool) -> 
 # ---- Tasks by file: --task ----
 
 def declared_tasks(text) -> dict:
-    """{beginning of a file's or folder's name, "" for all others: task} that --task says; UserError if it says nonsense.
+    """{beginning of a file's or folder's name, "" for all others: task} that --task says; UserError for nonsense.
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}
     """
@@ -128,8 +132,8 @@ def declared_tasks(text) -> dict:
     for word in re.split(r"[\s,]+", text):
         name, _, task = word.rpartition("=")
         if word and (task not in TASKS or name.lower() in declared):
-            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders whose names begin with NAME, "
-                            f"said once, where TASK is one of {', '.join(TASKS)}.")
+            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders whose names begin with "
+                            f"NAME, said once, where TASK is one of {', '.join(TASKS)}.")
         declared |= {name.lower(): task} if word else {}
     return declared
 
@@ -141,7 +145,7 @@ def file_key(declared: dict, file) -> str:
 
 
 def task_of(row: dict, file, declared: dict, chat_task=None):
-    """A row's own task, else its file's, else that of all rows; a chat without one has `chat_task`, else it is general."""
+    """A row's own task, else its file's, else a chat's `chat_task`, else that of all rows; else a chat is general."""
     if key := file_key(declared, file):
         return row["task"] or declared[key]
     return row["task"] or row["chat"] and chat_task or declared.get("") or ("general" if row["chat"] else None)
