@@ -14,10 +14,11 @@ Departure from the released code: a row that cannot be used is an error with fil
 Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; 4 patches, 1 image token.
 """
 import hashlib
+import itertools
 import json
-import os
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -421,61 +422,31 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
 
     Yes and no are equally likely, letters uniform. `pool`: texts from which wrong answers are drawn, as far as the task
     finds them wrong (labels by default: those of Pascal VOC); where it lends too few, the task invents more. UserError
-    where no wrong answer can be made: a math truth in words, or a pool without absent labels.
+    where no wrong answer can be made: a math truth in words, or a pool without absent labels. Of a whole data set,
+    `derive_all` makes fairer questions.
     """
     if form == example.form:
         return example
-    task = TASKS[example.task]
-    if example.form != "open" or form not in FORMS or task.right is None:
-        raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
-    key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
-    rng = random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
-    right, wrong = task.right(example), wrong_answers(example, task.pool if pool is None else pool, rng)
-    if not wrong:
-        raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
-                        "file of its own.")
-    problem, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
-    return replace(example, problem=problem, solution=f"<answer>{answer}</answer>", form=form)
-
-
-def wrong_answers(example: Example, pool, rng, most: int = 3) -> list[str]:
-    """Up to `most` different texts that the example's task finds wrong: from the pool first, then invented."""
-    task, found = TASKS[example.task], []
-    texts = sorted(set(pool))
-    for text in (*rng.sample(texts, len(texts)), *task.invent(example, rng)):
-        if len(found) < most and text not in found and task.wrong(text, example):
-            found.append(text)
-    return found
-
-
-def _binary(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
-    """(question about one candidate, yes or no), by the toss of a coin."""
-    yes = rng.random() < 0.5
-    return TASKS[example.task].ask(example, rng.choice(right if yes else wrong)), "yes" if yes else "no"
-
-
-def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
-    """(question with four options, letters of the right ones)."""
-    if right[0] in offered_letters(example.problem):
-        return example.problem, right[0]                # its options are there already
-    task = TASKS[example.task]
-    right = rng.sample(right, min(len(right), rng.randint(1, task.most)))
-    options = right + wrong[:4 - len(right)]
-    rng.shuffle(options)
-    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
-    letters = ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
-    return "\n".join([task.choose(example), *lines]), letters
+    rng = _rng(example, form, seed)
+    texts = sorted(set(TASKS[example.task].pool if pool is None else pool))
+    return _question(example, form, rng.sample(texts, len(texts)), rng)
 
 
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False) -> list[Example]:
-    """Every example in another form; all that cannot be derived are named in one UserError, or dropped and counted."""
-    pools, derived, faults = {}, [], []
-    for example in examples:
-        if TASKS[example.task].pool:  # a task that draws from a vocabulary draws from that of the rows
-            pools.setdefault(example.task, set()).update(TASKS[example.task].right(example))
-    for example in examples:
+    """Every example in another form, such that nothing but the image tells what is right.
+
+    Wrong answers are true answers of other rows of the task, drawn as often as they are true (boxes as shares of their
+    image), and a text is shown as right about as often as as wrong. Rows beyond a third that share their one answer are
+    left out. All rows that cannot be derived are named in one UserError, or dropped and counted.
+    """
+    pools, shown, derived, faults = _true_answers(examples), Counter(), [], []
+    for example in _no_answer_is_most(examples):
+        rng = _rng(example, form, seed)
+        lent = pools.get(example.task, [])
+        texts = [_in_pixels_of(example, *rng.choice(lent)) for _ in range(40 if lent else 0)]
+        texts = sorted(dict.fromkeys(texts), key=lambda text: -shown[example.task, text])  # stable: else as drawn
         try:
-            derived.append(derive(example, form, pools.get(example.task), seed))
+            derived.append(_question(example, form, texts, rng, shown))
         except UserError as error:
             faults.append(str(error))
     if faults and not (skip_bad_rows and derived):
@@ -485,6 +456,98 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
     if faults:
         say(f"{form}: dropped {len(faults)} rows that have no such form; the first: {faults[0]}")
     return derived
+
+
+def _rng(example: Example, form: str, seed: int) -> random.Random:
+    """Random numbers of one question; UserError if its task has no such form."""
+    if example.form != "open" or form not in FORMS or TASKS[example.task].right is None:
+        raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
+    key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
+    return random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
+
+
+def _true_answers(examples: list[Example]) -> dict:
+    """{task: [(right answer, size of its image), ..]} of all rows, each as often as it is true."""
+    pools = {}
+    for example in examples:
+        if TASKS[example.task].right:
+            pools.setdefault(example.task, []).extend((text, example.size) for text in TASKS[example.task].right(example))
+    return pools
+
+
+def _in_pixels_of(example: Example, text: str, size) -> str:
+    """Another row's answer as it would stand in this row: its boxes as the same shares of this image."""
+    same = not TASKS[example.task].boxes or None in (size, example.size) or size == example.size
+    return text if same else resize_boxes_in(text, size, example.size)
+
+
+def _no_answer_is_most(examples: list[Example], share: float = 1 / 3) -> list[Example]:
+    """The examples without those beyond `share` of their task that have one and the same answer; in their order."""
+    single = [e for e in examples if TASKS[e.task].right and TASKS[e.task].most == 1]
+    counts = Counter((e.task, *TASKS[e.task].right(e)) for e in single)
+    most = {}
+    for task in {e.task for e in single}:
+        sizes = sorted(count for key, count in counts.items() if key[0] == task)
+        rest = sum(sizes[:-1])                          # the most frequent may be half of all others together
+        most[task] = max(rest * share / (1 - share), 1) if len(sizes) > 2 else sizes[-1]
+    kept, seen = [], Counter()
+    for example in examples:
+        key = (example.task, *TASKS[example.task].right(example)) if example in single else None
+        seen[key] += key is not None
+        if key is None or seen[key] <= most[example.task]:
+            kept.append(example)
+    if len(kept) < len(examples):
+        say(f"{len(examples) - len(kept)} of {len(examples)} rows are left out of derived questions: their answer is more "
+            f"than {share:.0%} of all, so it could be guessed")
+    return kept
+
+
+def _question(example: Example, form: str, texts, rng, shown=None) -> Example:
+    """The example in another form: wrong answers are the first of `texts` that its task finds wrong, or invented.
+
+    shown: how much oftener each text was right than wrong so far; what was right too often is wrong next, and
+    what was not is right.
+    """
+    shown, right = Counter() if shown is None else shown, TASKS[example.task].right(example)
+    right = sorted(rng.sample(right, len(right)), key=lambda text: shown[example.task, text])
+    if not (wrong := wrong_answers(example, texts, rng)):
+        raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
+                        "file of its own.")
+    right, wrong, question, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
+    shown.update({(example.task, text): 1 for text in right})
+    shown.subtract({(example.task, text): 1 for text in wrong})
+    return replace(example, problem=question, solution=f"<answer>{answer}</answer>", form=form)
+
+
+def wrong_answers(example: Example, texts, rng, most: int = 3) -> list[str]:
+    """Up to `most` different texts that the example's task finds wrong: the first of `texts`, then invented ones."""
+    task, found = TASKS[example.task], []
+    for text in itertools.chain(texts, task.invent(example, rng)):
+        if text not in found and task.wrong(text, example):
+            found.append(text)
+        if len(found) == most:
+            break
+    return found
+
+
+def _binary(example: Example, right: list[str], wrong: list[str], rng) -> tuple:
+    """(right and wrong texts that are shown, question about one candidate, yes or no), by the toss of a coin."""
+    if rng.random() < 0.5:
+        return right[:1], [], TASKS[example.task].ask(example, right[0]), "yes"
+    return [], wrong[:1], TASKS[example.task].ask(example, wrong[0]), "no"
+
+
+def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple:
+    """(right and wrong texts that are shown, question with four options, letters of the right ones)."""
+    if right[0] in offered_letters(example.problem):
+        return [], [], example.problem, right[0]        # its options are there already
+    task = TASKS[example.task]
+    right = right[:rng.randint(1, task.most)]
+    wrong = wrong[:4 - len(right)]
+    options = rng.sample(right + wrong, len(right + wrong))
+    lines = [f"{letter}. {' '.join(option.split())}" for letter, option in zip("ABCD", options)]
+    letters = ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
+    return right, wrong, "\n".join([task.choose(example), *lines]), letters
 
 
 # ---- Order ----

@@ -19,11 +19,17 @@ from answers import (extract_answer, iou, matched_iou, offered_letters, parse_bo
                      parse_verdict, words)
 from tools.numerals import same_math
 
-INSIDE = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
-DIGITS = re.compile(r"\d[\d,]*")
+INSIDE = re.compile(r"(?<![\^_0-9.])(?<![\^_]\{)(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
+DIGITS = re.compile(r"(?<![\^_])(?<![\^_]\{)\d[\d,]*")      # of an exponent: none, cm^2 is never cm^3
+OPTION = re.compile(r"(?:^|[\s(])([A-H])[).:] {0,3}([^\n]{1,80}?)(?=\s*(?:\n|$|[\s(][A-H][).:]))")     # "(C) 145°"
+MAX_PROBLEM = 4000
 
 VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
               "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
+
+SYNONYMS = {word: row.split()[0] for row in (
+    "sofa couch settee", "aeroplane airplane plane aircraft", "tv television", "motorbike motorcycle", "person man woman "
+    "people boy girl human", "car automobile", "bicycle bike", "cup mug", "phone cellphone smartphone") for word in row.split()}
 
 
 def truth_of(example):
@@ -113,8 +119,14 @@ def invent_boxes(example, rng):
 
 
 def wrong_label(text, example):
-    """Whether a text is one label that is not among the true ones."""
-    return len(parse_labels(text)) == 1 and text.lower() not in {label.lower() for label in right_labels(example)}
+    """Whether a text is one label that is not true: no part, plural or plain synonym of a true one, nor the reverse."""
+    return len(parse_labels(text)) == 1 and not any(related(text, label) for label in right_labels(example))
+
+
+def related(a, b):
+    """Whether two labels may name one thing: "rice", "fried rice"; "dog", "Dogs"; "sofa", "couch"."""
+    a, b = ({SYNONYMS.get(word, word) for word in re.sub(r"(?<=[^s])s\b", "", text.lower()).split()} for text in (a, b))
+    return a <= b or b <= a
 
 
 def right_labels(example):
@@ -123,22 +135,27 @@ def right_labels(example):
 
 
 def listed(example):
-    """The option letters that a question lists, if its true answer is one of them; else none."""
-    letters, offered = parse_letters(truth_of(example)) or set(), offered_letters(example.problem)
-    return offered if len(letters) == 1 < len(offered) and letters <= offered else set()
+    """({letters that a question lists}, the right one), if its true answer is one of them or its text; else (set(), "")."""
+    offered, truth = offered_letters(example.problem), truth_of(example)
+    letters = parse_letters(truth) or set()
+    if len(letters) == 1 < len(offered) and letters <= offered:
+        return offered, letters.pop()
+    texts = dict(OPTION.findall(example.problem[:MAX_PROBLEM]))
+    right = [letter for letter, text in texts.items() if letter in offered and same_math(text.strip(), truth)]
+    return (offered, right[0]) if len(right) == 1 < len(texts) else (set(), "")
 
 
 def right_answer(example):
     """The one right answer: a letter in capitals where the question lists options."""
-    truth = truth_of(example)
-    return sorted(parse_letters(truth)) if listed(example) else [truth]
+    return [listed(example)[1] or truth_of(example)]
 
 
 def wrong_answer(text, example):
     """Whether a text could be mistaken for the answer and is wrong: another listed letter, the same with other numbers."""
     truth = truth_of(example)
-    if options := listed(example):
-        return text in options and text not in right_answer(example)
+    options, right = listed(example)
+    if options:
+        return text in options and text != right
     alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or {text.lower(), truth.lower()} == {"yes", "no"}
     return alike and not math_accuracy(text, truth) and not math_accuracy(truth, text)
 
@@ -146,11 +163,11 @@ def wrong_answer(text, example):
 def invent_answers(example, rng):
     """The other letters of listed options; "no" for "yes"; else the truth with one of its numbers changed."""
     truth = truth_of(example)
-    if options := listed(example):
-        return sorted(options)
+    if options := listed(example)[0]:
+        return rng.sample(sorted(options), len(options))
     numbers = list(INSIDE.finditer(truth))
     if not numbers:
-        return {"yes": ["no"], "no": ["yes"]}.get(truth.lower(), [])
+        return {"yes": ["no"], "no": ["yes"], "Yes": ["No"], "No": ["Yes"]}.get(truth, [])  # the case gives nothing away
     number = rng.choice(numbers)
     least = 0 if truth.isdigit() else 1                                     # a zero might divide, or read "-0"
     return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), least, rng)]
@@ -255,7 +272,7 @@ TASKS = {
         choose=lambda example: "Which of these are there?"),
     "math": Task(
         accuracy=math_accuracy, fault=math_fault,
-        rule=lambda example: "Answer with only the letter." if listed(example) else "",
+        rule=lambda example: "Answer with only the letter." if parse_letters(truth_of(example)) and listed(example)[0] else "",
         right=right_answer, wrong=wrong_answer, invent=invent_answers),
     "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
 }

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import os
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +23,6 @@ MANY = 1000                             # images that are worth a line, a bar an
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what sets the image upright
-large = threading.Lock()
 # Pillow's warnings name a line of Pillow and no image; what matters among them is refused with a sentence here.
 warnings.filterwarnings("ignore", module=r"PIL\b")
 
@@ -36,8 +34,7 @@ def opened(path, name=None):
     """An open image of one of FORMATS, no pixel read yet; whatever goes wrong with it is a UserError that names it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            with large if image.width * image.height > LARGE else nullcontext():
-                yield image
+            yield image
     except UserError:
         raise
     except Exception as error:          # not narrower: a decoder may raise anything
@@ -50,8 +47,8 @@ def load_image(path) -> Image.Image:
     """The image as RGB, upright by its EXIF tag, transparency laid on white; UserError if it cannot be decoded."""
     with opened(path) as image:
         image.load()
-        if turn := TURNS.get(image.getexif().get(0x0112)):
-            image = image.transpose(turn)
+        if (tag := image.getexif().get(0x0112)) in TURNS:
+            image = image.transpose(TURNS[tag])
         if image.has_transparency_data:
             image = image if image.mode == "RGBA" else image.convert("RGBA")
             white = Image.new("RGB", image.size, "white")
@@ -146,15 +143,18 @@ def image_sizes(paths, root) -> dict:
 
 
 def checked(paths, rank) -> dict:
-    """{path: size or sentence}, several at a time: decoding releases the interpreter lock."""
-    def look(path):
+    """{path: size or sentence}: several at a time, as decoding releases the interpreter lock; LARGE ones one by one."""
+    def look(path, alone=False):
         try:
-            return inspect_image(path)
+            with opened(path) as image:
+                large = image.width * image.height > LARGE
+            return None if large and not alone else inspect_image(path)
         except UserError as error:
             return str(error)
     with ThreadPoolExecutor(8) as pool:
-        sizes = tqdm(pool.map(look, paths), "images", len(paths), leave=False, delay=2, disable=bool(rank) or None)
-        return dict(zip(paths, sizes))
+        bar = tqdm(pool.map(look, paths), "images", len(paths), leave=False, delay=2, disable=bool(rank) or None)
+        sizes = dict(zip(paths, bar))
+    return sizes | {path: look(path, alone=True) for path, size in sizes.items() if size is None}
 
 
 def stamp_file(root) -> Path:
