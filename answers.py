@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """Text -> value: what an answer says. One set of readers, for truths of the data and answers of the model alike.
 
 Each reader returns None for what is none, and an answer counts as a whole, never by a part of it: hedging ("yes or

@@ -14,7 +14,6 @@ Departure from the released code: a row that cannot be used is an error with fil
 Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; 4 patches, 1 image token.
 """
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -436,15 +435,15 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
     """Every example in another form, such that nothing but the image tells what is right.
 
     Wrong answers are true answers of other rows of the task, drawn as often as they are true (boxes as shares of their
-    image), and a text is shown as right about as often as as wrong. Rows beyond a third that share their one answer are
-    left out. All rows that cannot be derived are named in one UserError, or dropped and counted.
+    image), and what looks alike (a text, boxes of about one size and place) is shown as right about as often as as
+    wrong. Rows beyond a third whose one answer looks alike are left out. All rows that cannot be derived are named in
+    one UserError, or dropped and counted.
     """
     pools, shown, derived, faults = _true_answers(examples), Counter(), [], []
     for example in _no_answer_is_most(examples):
         rng = _rng(example, form, seed)
         lent = pools.get(example.task, [])
-        texts = [_in_pixels_of(example, *rng.choice(lent)) for _ in range(40 if lent else 0)]
-        texts = sorted(dict.fromkeys(texts), key=lambda text: -shown[example.task, text])  # stable: else as drawn
+        texts = dict.fromkeys(_in_pixels_of(example, *rng.choice(lent)) for _ in range(60 if lent else 0))
         try:
             derived.append(_question(example, form, texts, rng, shown))
         except UserError as error:
@@ -484,15 +483,15 @@ def _in_pixels_of(example: Example, text: str, size) -> str:
 def _no_answer_is_most(examples: list[Example], share: float = 1 / 3) -> list[Example]:
     """The examples without those beyond `share` of their task that have one and the same answer; in their order."""
     single = [e for e in examples if TASKS[e.task].right and TASKS[e.task].most == 1]
-    counts = Counter((e.task, *TASKS[e.task].right(e)) for e in single)
+    counts = Counter(_looks(e, TASKS[e.task].right(e)[0]) for e in single)
     most = {}
     for task in {e.task for e in single}:
         sizes = sorted(count for key, count in counts.items() if key[0] == task)
         rest = sum(sizes[:-1])                          # the most frequent may be half of all others together
         most[task] = max(rest * share / (1 - share), 1) if len(sizes) > 2 else sizes[-1]
-    kept, seen = [], Counter()
+    kept, seen, of_one = [], Counter(), {id(e) for e in single}
     for example in examples:
-        key = (example.task, *TASKS[example.task].right(example)) if example in single else None
+        key = _looks(example, TASKS[example.task].right(example)[0]) if id(example) in of_one else None
         seen[key] += key is not None
         if key is None or seen[key] <= most[example.task]:
             kept.append(example)
@@ -502,31 +501,39 @@ def _no_answer_is_most(examples: list[Example], share: float = 1 / 3) -> list[Ex
     return kept
 
 
-def _question(example: Example, form: str, texts, rng, shown=None) -> Example:
-    """The example in another form: wrong answers are the first of `texts` that its task finds wrong, or invented.
+def _looks(example: Example, text: str) -> tuple:
+    """What an answer looks like to somebody who does not look at the image: task and `alike` of its record."""
+    return example.task, TASKS[example.task].alike(text, example)
 
-    shown: how much oftener each text was right than wrong so far; what was right too often is wrong next, and
-    what was not is right.
+
+def _question(example: Example, form: str, texts, rng, shown=None) -> Example:
+    """The example in another form: wrong answers are those of `texts` that its task finds wrong, else invented.
+
+    shown: how much oftener what looks like an answer was right than wrong so far; what was right too often is wrong
+    next, and what was not is right.
     """
     shown, right = Counter() if shown is None else shown, TASKS[example.task].right(example)
-    right = sorted(rng.sample(right, len(right)), key=lambda text: shown[example.task, text])
-    if not (wrong := wrong_answers(example, texts, rng)):
+    right = sorted(rng.sample(right, len(right)), key=lambda text: shown[_looks(example, text)])
+    if not (wrong := wrong_answers(example, texts, rng, shown)):
         raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
                         "file of its own.")
     right, wrong, question, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
-    shown.update({(example.task, text): 1 for text in right})
-    shown.subtract({(example.task, text): 1 for text in wrong})
+    shown.update(_looks(example, text) for text in right)
+    shown.subtract(_looks(example, text) for text in wrong)
     return replace(example, problem=question, solution=f"<answer>{answer}</answer>", form=form)
 
 
-def wrong_answers(example: Example, texts, rng, most: int = 3) -> list[str]:
-    """Up to `most` different texts that the example's task finds wrong: the first of `texts`, then invented ones."""
+def wrong_answers(example: Example, texts, rng, shown=(), most: int = 3) -> list[str]:
+    """Up to `most` different texts that the example's task finds wrong: of `texts`, by `shown`, then invented ones."""
     task, found = TASKS[example.task], []
-    for text in itertools.chain(texts, task.invent(example, rng)):
-        if text not in found and task.wrong(text, example):
+    owed, fits = Counter(shown), [text for text in texts if task.wrong(text, example)]
+    while fits and len(found) < most:
+        found.append(max(fits, key=lambda text: owed[_looks(example, text)]))  # the first of equals
+        owed[_looks(example, found[-1])] -= 1
+        fits.remove(found[-1])
+    for text in task.invent(example, rng) if len(found) < most else ():
+        if len(found) < most and text not in found and task.wrong(text, example):
             found.append(text)
-        if len(found) == most:
-            break
     return found
 
 

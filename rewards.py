@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """Rewards of Curr-ReFT (arXiv 2503.07065): model text in, a finite float out.
 
     reward = accuracy_reward, in [0, 1], + format_reward, 0 or 1

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 # The pipeline, narrated.
 #
 #   bash train.sh                                       the demo: about 8 minutes on 2 CPU cores, nothing else needed

@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The demo's base model: a tiny Qwen2.5-VL that half knows the world of demo/world.py, built here because no GPU and no
 download is assumed.
 

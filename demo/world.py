@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The demo's world: drawn images of colored shapes, questions about them, and the data set in the released layout.
 
 An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels) and an image

@@ -1,4 +1,4 @@
-"""Image files: formats that are meant, sentences for all others, bounded memory, and a start that looks at each once."""
+"""Image files: formats that are meant, sentences for all others, bounded memory, a start that looks at each once."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def decoded(monkeypatch):
 # ---- One image ----
 
 @pytest.mark.parametrize("format, reads", [("PNG", True), ("JPEG", True), ("WEBP", True), ("BMP", True), ("GIF", True),
-                                           ("EPS", False), ("TIFF", False), ("DDS", False), ("AVIF", False), ("PCX", False)])
+                                           ("EPS", False), ("TIFF", False), ("DDS", False), ("AVIF", False)])
 def test_a_format_is_read_or_refused_whatever_its_name(tmp_path, monkeypatch, format, reads):
     """Pillow starts Ghostscript for an EPS named .jpg; its rarer decoders end a run by tracebacks."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
@@ -52,7 +52,7 @@ def test_a_camera_photo_with_a_thumbnail_is_one_image(tmp_path):
     assert inspect_image(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size == (84, 56)
 
 
-@pytest.mark.parametrize("error", [IndexError("list"), RuntimeError("dav1d"), NotImplementedError("?"), MemoryError(), KeyError(1)])
+@pytest.mark.parametrize("error", [IndexError("list"), RuntimeError("dav1d"), NotImplementedError("?"), MemoryError()])
 def test_whatever_a_decoder_raises_is_a_sentence_with_the_path(tmp_path, monkeypatch, error):
     def broken(self):
         raise error
@@ -61,8 +61,8 @@ def test_whatever_a_decoder_raises_is_a_sentence_with_the_path(tmp_path, monkeyp
     for read in (inspect_image, load_image):
         with pytest.raises(UserError, match="a.png cannot be decoded"):
             read(path)
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "?", "solution": "1", "task": "math", "image": "a.png"}] + [
-        {"problem": "1 + 1?", "solution": "2", "task": "math"}])
+    rows = write_jsonl(tmp_path / "rows.jsonl", [
+        {"problem": "?", "solution": "1", "task": "math", **image} for image in ({"image": "a.png"}, {})])
     assert len(load_examples(rows, skip_bad_rows=True)) == 1
 
 
@@ -105,7 +105,7 @@ import os, resource, sys
 from PIL import Image
 from tools.images import checked, load_image
 folder = sys.argv[1]
-exif = b"Exif\\0\\0II*\\0\\x08\\0\\0\\0\\x02\\0\\x12\\x01\\x02\\0\\xff\\0\\0\\0\\xff\\xff\\0\\0\\x0f\\x01\\x02\\0\\x09\\0\\0\\0\\xff\\xff\\0\\0\\0\\0\\0\\0"
+exif = bytes.fromhex("45786966000049492a000800000002001201 0200ff000000ffff0000 0f0102000900 0000ffff000000000000")
 Image.new("RGB", (84, 56)).save(folder + "/odd.jpg", exif=exif)
 large = [f"{folder}/{n}.png" for n in range(6)]
 Image.new("RGBA", (5000, 4000), (9, 9, 9, 99)).save(large[0], compress_level=1)
@@ -175,7 +175,7 @@ def test_a_second_start_decodes_only_what_has_changed(tmp_path, decoded, monkeyp
     assert image_sizes(paths, tmp_path) == first and decoded == ["bad.png"], "only what passed is remembered"
     tiny_image(paths[0], (200, 100))
     decoded.clear()
-    assert image_sizes(paths, tmp_path)[paths[0]] == (200, 100) and decoded == ["0.png", "bad.png"]
+    assert image_sizes(paths, tmp_path)[paths[0]] == (200, 100) and sorted(decoded) == ["0.png", "bad.png"]
     image_sizes(paths[1:], tmp_path)                            # another file of the same data keeps what is known
     decoded.clear()
     image_sizes(paths, tmp_path)

@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The judge endpoint: addresses, replies and failures as real servers have them, against a server of the test's own."""
 
 import json

@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """Rewards by table. The name of a test or the comment of a row says which defect it keeps out."""
 import inspect
 import math

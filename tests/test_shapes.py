@@ -57,8 +57,8 @@ SHAPES = {
     "MathV360K": (llava(f"<image>Question: {ASK}", "The answer is 1", image="a.png", id="x"), ("math", SAY, 1)),
     "GSM8K": ({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}, ("math", "7", 0)),
     "VLM-R1": (llava(f"<image>{ASK}", SAY, image="a.png", task="math"), ("math", SAY, 1)),
-    "VLM-R1, boxes": ({"image": "a.png", "problem": "Where is the box?", "normal_caption": "the box", "task": "detection",
-                       "solution": [21, 14, 42, 28], "normalized_solution": [250, 250, 500, 500]},
+    "VLM-R1, boxes": ({"image": "a.png", "problem": "Where is the box?", "normal_caption": "the box", "solution":
+                       [21, 14, 42, 28], "task": "detection", "normalized_solution": [250, 250, 500, 500]},
                       ("detection", "[21, 14, 42, 28]", 1)),
     "detection with labels": ({"img_path": "a.png", "problem": "Where is the box?", "task": "detection", "solution":
                                [{"bbox_2d": [21, 14, 42, 28], "label": "box"}]}, ("detection", None, 1)),
@@ -107,7 +107,8 @@ def test_a_step_trains_on_every_shape_at_once(base, root, monkeypatch):
     for number, (row, _) in enumerate(SHAPES.values()):
         write_jsonl(root / "train" / "open" / f"{number}.jsonl", [row])
     (root / "train" / "open" / "list.json").write_text(json.dumps([SHAPES["EasyR1"][0] | {"problem": "How many?"}]))
-    (root / "train" / "open" / "one.json").write_text(json.dumps(SHAPES["file_name"][0] | {"question": "Count."}, indent=2))
+    one = SHAPES["file_name"][0] | {"question": "Count."}
+    (root / "train" / "open" / "one.json").write_text(json.dumps(one, indent=2))
     (root / "labels").mkdir()
     (root / "labels" / "a.txt").write_text("0 0.375 0.375 0.25 0.25\n")
     (root / "names.txt").write_text("box\nball\n")
@@ -129,7 +130,8 @@ def test_files_are_lists_objects_and_lines(root):
     row = {"problem": ASK, "solution": SAY}
     for text, lines in ((json.dumps([row, row]), [1, 2]), (json.dumps(row, indent=1), [1]),
                         (json.dumps(row, indent=1) + "\n\n" + json.dumps(row, indent=1), [1, 6]),
-                        (json.dumps({"7": row, "9": row}, indent=1), [1, 2]), (json.dumps({"version": 1, "data": [row]}), [1]),
+                        (json.dumps({"7": row, "9": row}, indent=1), [1, 2]),
+                        (json.dumps({"version": 1, "data": [row]}), [1]),
                         (f"{json.dumps(row)}\r{json.dumps(row)}\r\n", [1, 2])):
         (root / "rows.json").write_text(text)
         examples = load_examples(root / "rows.json", task="math")
@@ -156,7 +158,7 @@ def test_each_file_of_the_released_test_folder_has_its_task(root):
     write_jsonl(test / "superclever" / "superclevr_test200_counting_problems.jsonl",
                 [{"image": "/mnt/authors/images/a.png", "problem": ASK, "solution": 1}])
     write_jsonl(test / "Refgta" / "refgta_subsample_resize.json",
-                [json.dumps([{"image": "a.png", "problem": "Where?", "solution": [1, 2, 30, 40], "resize_solution": []}])])
+                [json.dumps([{"image": "a.png", "problem": "Where?", "solution": [1, 2, 30, 40]}])])
     flags = ["--data", str(root), "--stages", "open:1"]
     cfg = currreft.parse_args(flags)
     with pytest.raises(UserError, match="--task names it"):
@@ -185,7 +187,8 @@ def test_a_chat_of_the_reject_stage_stays_general_under_task(root):
 
 def test_a_rows_own_form_wins_over_its_files_name_in_a_data_directory(root):
     write_jsonl(root / "train" / "open.jsonl", [{"problem": "1 + 1?", "solution": "2", "task": "math"}])
-    write_jsonl(root / "test" / "yesno.jsonl", [{"problem": "Is it?", "solution": "yes", "task": "math", "form": "binary"}])
+    row = {"problem": "Is it?", "solution": "yes", "task": "math", "form": "binary"}
+    write_jsonl(root / "test" / "yesno.jsonl", [row])
     cfg = currreft.parse_args(["--data", str(root), "--stages", "open:1"])
     assert [e.form for e in data.load_data(cfg)[1]] == ["binary"]
 
@@ -212,20 +215,21 @@ MISREAD = {
     "home": ({"image": "~/a.png"}, "no path under"),
     "boxes as math": ({"image": "a.png", "solution": [1, 2, 30, 40]}, "is a box"),
     "texts as math": ({"solution": ["two", "2"]}, "is a list"),
-    "prose as math": ({"solution": "We see that the sum of all the angles here is the same as the one before, so 3"}, "is prose"),
+    "prose as math": ({"solution": "We see that the sum of all the angles here is the one before, so it must be 3"},
+                      "is prose"),
     "two truths": ({"answer": "4"}, "two truths"),
     "a video part": ({"messages": [turn("user", [{"type": "video", "video": "a"}])]}, "type 'video'"),
     "a tool": ({"messages": [turn("tool", "x"), turn("user", "y")]}, "must be a list"),
     "no question": ({"problem": None}, '"problem"'),
     "task of numbers": ({"task": ["math"]}, "no name"),
     "shares": ({"image": "a.png", "task": "detection", "solution": [[0.1, 0.2, 0.5, 0.6]]}, "shares of the image"),
-    "shares in a question": ({"image": "a.png", "problem": "In {\"bbox_2d\": [0.1, 0.2, 0.5, 0.6]}?"}, "shares of the image"),
+    "shares in a question": ({"image": "a.png", "problem": 'In {"bbox_2d": [0.1, 0.2, 0.5, 0.6]}?'}, "shares of the"),
     "boxes in two images": ({"images": ["a.png", "b.png"], "task": "detection", "solution": BOXES}, "2 images"),
     "marked box of two images": ({"images": ["a.png", "b.png"], "problem": f"What is in {BOXES}?"}, "2 images"),
-    "65 boxes": ({"image": "a.png", "task": "detection", "solution": [[n, 1, n + 9, 9] for n in range(65)]}, "64 times"),
+    "65 boxes": ({"image": "a.png", "task": "detection", "solution": [[n, 1, n + 9, 9] for n in range(65)]}, "64 tim"),
     "a long answer": ({"image": "a.png", "task": "detection", "solution": json.dumps(
         [{"bbox_2d": [n, 1, n + 9, 9], "label": "x" * 60} for n in range(60)])}, "does not score 1"),
-    "a long label list": ({"task": "classify", "solution": ", ".join(f"label {n}" for n in range(600))}, "does not score 1"),
+    "a long label list": ({"task": "classify", "solution": ", ".join(map(str, range(1200)))}, "does not score 1"),
     "an endless text": ({"problem": "x" * 300_000}, "300,001 characters"),
 }
 
@@ -240,7 +244,8 @@ def test_what_would_be_misread_is_a_sentence_with_file_and_line(root, case):
 
 
 def test_a_row_without_an_image_may_say_so(root):
-    assert load(root, {"problem": "1 + 1?", "solution": "2", "task": "math", "image": None, "images": []})[0].images == ()
+    (example,) = load(root, {"problem": "1 + 1?", "solution": "2", "task": "math", "image": None, "images": []})
+    assert example.images == ()
 
 
 def test_truths_keep_their_characters(root):
@@ -266,7 +271,8 @@ def test_marked_boxes_of_any_task_are_converted_and_others_counted(root, capsys)
 def test_a_files_convention_is_named_and_never_skipped(root, boxes, words):
     """Of rows in another convention those that happen to fit are other boxes: --skip_bad_rows would keep just these."""
     tiny_image(root / "large.png", (640, 480))
-    rows = [{"problem": f"Where {n}?", "solution": box, "task": "detection", "image": "large.png"} for n, box in enumerate(boxes)]
+    rows = [{"problem": f"Where {n}?", "solution": box, "task": "detection", "image": "large.png"}
+            for n, box in enumerate(boxes)]
     for options in ({}, {"skip_bad_rows": True}):
         with pytest.raises(UserError) as error:
             load(root, *rows, **options)
@@ -295,7 +301,8 @@ def test_doubled_rows_and_test_rows_in_training_are_told(root, capsys):
     for name in ("photo_jpg.rf.1a.png", "photo_jpg.rf.2b.png", "c.png"):
         tiny_image(root / name)
     write_jsonl(root / "train" / "open.jsonl", [*rows, rows[0]])
-    write_jsonl(root / "test" / "id.jsonl", [rows[1], rows[0] | {"image": "photo_jpg.rf.2b.png"}, rows[2] | {"image": "c.png"}])
+    write_jsonl(root / "test" / "id.jsonl", [
+        rows[1], rows[0] | {"image": "photo_jpg.rf.2b.png"}, rows[2] | {"image": "c.png"}])
     data.load_data(currreft.parse_args(["--data", str(root), "--stages", "open:1"]))
     said = capsys.readouterr().err
     for words in ("1 of 4 rows are there more than once", "test id: 1 of 3 rows are training rows",
@@ -316,8 +323,8 @@ def test_odd_files_are_a_sentence(root, monkeypatch):
     (root / "line.jsonl").write_text('{"problem": "' + "x" * 5_000_000 + '"}')
     (root / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9"}')
     (root / "coco.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    for name, words in (("pipe.jsonl", "no regular file"), ("line.jsonl", "5,000,015 characters"), ("none.jsonl", "No such file"),
-                        ("latin.jsonl", "UTF-8"), ("coco.json", "tools.convert")):
+    for name, words in (("pipe.jsonl", "no regular file"), ("line.jsonl", "5,000,015 characters"),
+                        ("none.jsonl", "No such file"), ("latin.jsonl", "UTF-8"), ("coco.json", "tools.convert")):
         with pytest.raises(UserError, match=words):
             load_examples(root / name, task="math")
     with pytest.raises(UserError, match="no regular file"):
@@ -328,5 +335,5 @@ def test_odd_files_are_a_sentence(root, monkeypatch):
 
 
 VOC = """<annotation><filename>a.png</filename><size><width>84</width><height>56</height><depth>3</depth></size>
-<object><name>box</name><difficult>0</difficult><bndbox><xmin>22</xmin><ymin>15</ymin><xmax>42</xmax><ymax>28</ymax></bndbox>
-</object></annotation>"""
+<object><name>box</name><difficult>0</difficult>
+<bndbox><xmin>22</xmin><ymin>15</ymin><xmax>42</xmax><ymax>28</ymax></bndbox></object></annotation>"""

@@ -6,6 +6,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
 from PIL import Image, UnidentifiedImageError
@@ -39,8 +40,8 @@ def opened(path, name=None):
         raise
     except Exception as error:          # not narrower: a decoder may raise anything
         reason = "it is none" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise UserError(f"image {name or path} cannot be decoded as PNG, JPEG, WebP, BMP or GIF ({reason}); save it as one "
-                        "of these, or drop the row.") from error
+        raise UserError(f"image {name or path} cannot be decoded as PNG, JPEG, WebP, BMP or GIF ({reason}); save it as "
+                        "one of these, or drop the row.") from error
 
 
 def load_image(path) -> Image.Image:
@@ -101,6 +102,7 @@ def resolve_image(name, root, allow_outside: bool = False) -> str:
                     (", or allow paths that leave it with --allow_outside." if outside else "."))
 
 
+@lru_cache(16)
 def image_roots(root, file) -> list[Path]:
     """Where images of a data file may lie: `root`, and the folder of it that the file is in (grpo_data, SFT_data)."""
     root, file = Path(os.path.abspath(root)), Path(os.path.abspath(file))

@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The judge as people have one: any OpenAI-compatible chat endpoint that scores an answer from 0 to 100 (--judge_url).
 
     --judge_url http://localhost:8000/v1 --judge_model NAME         # vLLM, llama.cpp, LiteLLM, transformers serve, ..

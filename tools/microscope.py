@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """One GRPO step under the microscope: a picture of a real step, from a run's own numbers.
 
     python -m tools.microscope RUN                          # a step that RUN has the weights of

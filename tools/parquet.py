@@ -26,7 +26,7 @@ def parquet_rows(files):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UserError("parquet files need pyarrow, which this project does not install: pip install pyarrow") from error
+        raise UserError("parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
     for file in files:
         number = 0
         try:
@@ -75,7 +75,8 @@ def convert(args):
         aside.unlink()
         raise UserError("\n".join([*faults[:20], f"{len(faults)} rows cannot be used; --skip_bad_rows drops them."]))
     aside.rename(out)
-    print(f"{out}: {count} rows, to be read with --image_root {images.parent}" + (f"; dropped {len(faults)} rows" if faults else ""))
+    dropped = f"; dropped {len(faults)} rows" if faults else ""
+    print(f"{out}: {count} rows, to be read with --image_root {images.parent}{dropped}")
 
 
 def main(argv=None):

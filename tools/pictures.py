@@ -345,7 +345,7 @@ def view(path: str, size: tuple | None, boxes: list[tuple[str, list]]) -> Image.
 
     boxes: [(color, [(x1, y1, x2, y2), ..]), ..], x1 <= x2 and y1 <= y2, in pixels of an image of `size` (w, h) (None:
     of the file itself), and clipped to it. Frames lie around their boxes; the second color's are thinner, so that
-    both of two equal boxes are seen. Raises OSError or ValueError for a file that is no image.
+    both of two equal boxes are seen. Raises UserError for a file that is no image.
     """
     image = load_image(path)
     w, h = size or image.size
@@ -368,7 +368,7 @@ def tile(path: str | None, size: tuple | None, boxes: list, texts: list[tuple[st
     picture = None
     try:
         picture = view(path, size, boxes) if path else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UserError, OSError, ValueError) as error:
         texts = [(f"no image: {error}", RED, 3), *texts]
     card = Canvas(TILE, TILE + 20 + sum(19 * most + 5 for _, _, most in texts))
     y = 0

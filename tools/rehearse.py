@@ -1,4 +1,3 @@
-# LEAD-NOTE 12:48: finished and committed by the lead; see the UPDATE in /tmp/TEAM.md before you edit
 """The real Qwen2.5-VL-3B without its weights: facts of its configuration, and a rehearsal of the whole run.
 
     python -m tools.rehearse            on CUDA with all 3.75 B parameters in bfloat16, elsewhere shrunk: about a minute
