@@ -48,10 +48,10 @@ from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: 
 from rewards import accuracy_reward, format_reward
 from run import Run, write_aside
 from sample import Judge, kept_examples, rejection_sample
-from tasks import TASKS
 from tools.accept import base_config
 from tools.card import write_cards
 from tools.endings import Stopped, ending, signals
+from tools.layout import declared_tasks
 from tools.memory import check_memory, memory_needed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Config:
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # directory or hub name of a Qwen2.5-VL checkpoint to start from
     data: str = ""  # directory with grpo_data/{train,test} and SFT_data/reject, or {train,test}
     image_root: str = ""  # directory that image paths are relative to (default: --data)
-    task: str = ""  # task of rows that name none, such as detection, classify or math
+    task: tuple = ()  # task of rows that name none: TASK, or NAME=TASK for files whose names begin with NAME
     out: str = "runs/curr-reft"  # run directory, shared by all nodes; an existing one is an error unless --resume
     resume: bool = False  # continue the run in --out where it stopped
     allow_changes: bool = False  # resume although settings differ from those the run began with
@@ -143,11 +143,10 @@ class Config:
             (self.lr_schedule in ("cosine", "constant"), "--lr_schedule must be 'cosine' or 'constant'"),
             (self.dtype in ("auto", "bfloat16", "float32"), "--dtype must be auto, bfloat16 or float32"),
             (self.report_to in ("", "tensorboard", "wandb"), "--report_to must be tensorboard or wandb"),
-            (self.task in ("", *TASKS), f"--task must be one of {', '.join(TASKS)}"),
         ]
         if failed := [sentence for passed, sentence in checks if not passed]:
             raise UserError("\n".join(failed))
-        self.curriculum  # raises for a malformed stage
+        self.curriculum, declared_tasks(self.task)  # raise for a malformed stage, or a task that is none
 
     @property
     def curriculum(self):
@@ -500,7 +499,7 @@ def parse_args(argv=None):
         elif isinstance(field.default, tuple):
             kind = {"nargs": "+"}
         parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name].replace("%", "%%")
-                            + ("" if field.default == "" else f" [{field.default}]"), **kind)
+                            + ("" if field.default in ("", ()) else f" [{field.default}]"), **kind)
     values = vars(parser.parse_args(argv))
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

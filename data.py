@@ -14,6 +14,7 @@ Departure from the released code: a row that cannot be used is an error with fil
 Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; 4 patches, 1 image token.
 """
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -416,6 +417,10 @@ def checked(example: Example, sizes: dict, max_pixels: int = MAX_PIXELS) -> Exam
 
 # ---- Three forms of one annotation ----
 
+SETS = {"binary": ((2, 1),), "choice": ((2, 2), (4, 1), (3, 1), (2, 1))}    # (rows of a set, answers that each lends)
+FEW, TOGETHER, DRAWS = 20, 64, 60   # rows that change nothing much; rows that look for sets together; texts to try
+
+
 def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     """The binary or choice form of an open example (paper, section 3.1), the same for the same (seed, example, form).
 
@@ -426,135 +431,188 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     """
     if form == example.form:
         return example
-    rng = _rng(example, form, seed)
+    rng, right = _rng(example, form, seed), right_answers(example, form)
     texts = sorted(set(TASKS[example.task].pool if pool is None else pool))
-    return _question(example, form, rng.sample(texts, len(texts)), rng)
+    texts = rng.sample(texts, len(texts))
+    return _question(example, form, rng.sample(right, len(right)), texts, rng)
 
 
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False) -> list[Example]:
-    """Every example in another form, such that nothing but the image tells what is right.
+    """Every example in another form, such that only the image tells what is right; in their order.
 
-    Wrong answers are true answers of other rows of the task, drawn as often as they are true (boxes as shares of their
-    image), and what looks alike (a text, boxes of about one size and place) is shown as right about as often as as
-    wrong. Rows beyond a third whose one answer looks alike are left out. All rows that cannot be derived are named in
-    one UserError, or dropped and counted.
+    Rows go into sets, two for yes/no and four for options, whose answers are wrong for one another (boxes as shares of
+    their image). All rows of a set show the same answers, and each is right once: whatever is picked without looking is
+    right as often as by chance. A row whose partners are all taken, as its answer is too frequent, is left out. One
+    that no other row can lend a wrong answer to gets invented ones, as in `derive`. All rows that cannot be derived are
+    named in one UserError, or dropped and counted.
     """
-    pools, shown, derived, faults = _true_answers(examples), Counter(), [], []
-    for example in _no_answer_is_most(examples):
-        rng = _rng(example, form, seed)
-        lent = pools.get(example.task, [])
-        texts = dict.fromkeys(_in_pixels_of(example, *rng.choice(lent)) for _ in range(60 if lent else 0))
+    if form == "open":
+        return examples
+    lenders, made, faults = [], {}, []
+    for place, example in enumerate(examples):
         try:
-            derived.append(_question(example, form, texts, rng, shown))
+            right = right_answers(example, form)
+            lenders.append(Lender(place, example, _rng(example, "right", seed).sample(right, len(right))))
         except UserError as error:
             faults.append(str(error))
-    if faults and not (skip_bad_rows and derived):
+    lenders.sort(key=lambda row: _rng(row.example, "order", seed).random())     # that of the rows does not matter
+    for task in dict.fromkeys(example.task for example in examples):
+        rows = [row for row in lenders if row.example.task == task]
+        told = Counter(text for row in rows for text in row.right)
+        for row in rows:
+            row.right.sort(key=lambda text: told[text] > len(rows) / 2)     # last: it cannot be wrong as often as right
+        sets, rest = exchange(rows, form)
+        for lent, members in sets + [(0, [row]) for row in _not_surplus(rows, rest, form, seed)]:
+            for row in members:
+                others = [text for other in members if other is not row for text in other.shown_to(row, lent)]
+                drawn = [] if len(others) > 2 or form == "binary" and others else _drawn(row, rows, form, seed)
+                try:
+                    made[row.place] = _question(row.example, form, row.right, others + drawn,
+                                                _rng(row.example, form, seed), lent)
+                except UserError as error:
+                    faults.append(str(error))
+    if faults and not (skip_bad_rows and made):
         more = f"\n.. and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise UserError("\n".join(faults[:20]) + more + "\nCorrect them, give the form a file of its own, or drop the "
                         "rows with --skip_bad_rows")
     if faults:
         say(f"{form}: dropped {len(faults)} rows that have no such form; the first: {faults[0]}")
-    return derived
+    return [made[place] for place in sorted(made)]
+
+
+@dataclass(frozen=True, eq=False)
+class Lender:
+    """A row that lends its right answers to others as their wrong ones."""
+    place: int              # in the list of examples
+    example: Example
+    right: list[str]        # shuffled
+
+    def shown_to(self, other: "Lender", lent: int) -> list[str]:
+        """The first `lent` answers as they would stand in another row: boxes as the same shares of its image."""
+        own, its = self.example.size, other.example.size
+        same = not TASKS[self.example.task].boxes or None in (own, its) or own == its
+        return [text if same else resize_boxes_in(text, own, its) for text in self.right[:lent]]
+
+    def could_take(self, other: "Lender", lent: int = 1) -> bool:
+        """Whether the other's answers are wrong for this row."""
+        return self.right[0] != other.right[0] and all(
+            TASKS[self.example.task].wrong(text, self.example) for text in other.shown_to(self, lent))
+
+
+def exchange(rows: list[Lender], form: str) -> tuple[list, list]:
+    """([(answers that each row lends, its set of rows), ..], rows that are in none), for rows of one task.
+
+    Rows that ask the same come together first: then not even the question tells which answer belongs to it.
+    """
+    rest, sets, told = rows, [], Counter(row.right[0] for row in rows)
+    for size, lent in SETS[form]:
+        for alike in (lambda e: (e.problem, e.size), lambda e: e.problem, lambda e: None):
+            groups, few = {}, []
+            for row in rest:
+                able = min(len(row.right), TASKS[row.example.task].most) >= lent and not _has_options(row, form)
+                (groups.setdefault(alike(row.example), []) if able else few).append(row)
+            rest = few
+            for group in groups.values():
+                for start in range(0, len(group), TOGETHER):    # frequent answers first: a rare one completes each set
+                    part = sorted(group[start:start + TOGETHER], key=lambda row: -told[row.right[0]])
+                    full, left = sets_of(part, size, lent)
+                    sets += [(lent, members) for members in full]
+                    rest += left
+        if lent == 1 and len(rest) < 0.8 * len(rows):           # smaller sets only where these are few
+            break
+    return sets, rest
+
+
+def sets_of(rows: list[Lender], size: int, lent: int) -> tuple[list[list[Lender]], list[Lender]]:
+    """(sets of `size` rows that fit one another, all other rows): the first rows open sets, the others join one."""
+    count = len(rows) // size
+    sets, rest = [[row] for row in rows[:count]], []
+    for row in rows[count:]:
+        members = next((members for members in sets if len(members) < size and all(
+            row.could_take(other, lent) and other.could_take(row, lent) for other in members)), rest)
+        members.append(row)
+    return [m for m in sets if len(m) == size], rest + [row for m in sets if len(m) < size for row in m]
+
+
+def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -> list[Lender]:
+    """Of rows that are in no set, those to be asked all the same; says how many are not, and how many may be guessed."""
+    alone = [row for row in rest if _has_options(row, form) or not any(map(row.could_take, _sample(row, rows, seed)))]
+    surplus, saved = len(rest) - len(alone), len(rows) - len(rest)
+    if surplus > max(3, 0.03 * len(rows)) and len(rows) > FEW and saved >= 0.1 * (saved + surplus):
+        say(f"{form} {rows[0].example.task}: {surplus} of {len(rows)} rows are left out: answers like theirs are so "
+            "frequent that they could be guessed")
+        rest = alone
+    if (bare := sum(not _has_options(row, form) for row in alone)) > max(FEW, 0.1 * len(rows)):
+        say(f"{form} {rows[0].example.task}: to {bare} of {len(rows)} rows no other row lends a wrong answer; theirs are "
+            "invented, which may give the right one away (python -m tools.blind tells)")
+    return rest
+
+
+def _has_options(row: Lender, form: str) -> bool:
+    """Whether a row is a choice question already."""
+    return form == "choice" and row.right[0] in offered_letters(row.example.problem)
+
+
+def _sample(row: Lender, rows: list[Lender], seed: int) -> list[Lender]:
+    """Up to DRAWS rows of its task."""
+    return _rng(row.example, "sample", seed).sample(rows, min(DRAWS, len(rows)))
+
+
+def _drawn(row: Lender, rows: list[Lender], form: str, seed: int) -> list[str]:
+    """Right answers of other rows, as they would stand in this one, and the task's own pool; some of them are wrong."""
+    lent = dict.fromkeys(text for other in _sample(row, rows, seed) for text in other.shown_to(row, 1))
+    return [*lent, *_rng(row.example, form, seed).sample(pool := TASKS[row.example.task].pool, len(pool))]
+
+
+def right_answers(example: Example, form: str) -> list[str]:
+    """The right answers of an example; UserError if its task has no such form."""
+    if example.form != "open" or form not in FORMS or TASKS[example.task].right is None:
+        raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
+    return TASKS[example.task].right(example)
 
 
 def _rng(example: Example, form: str, seed: int) -> random.Random:
-    """Random numbers of one question; UserError if its task has no such form."""
-    if example.form != "open" or form not in FORMS or TASKS[example.task].right is None:
-        raise UserError(f"{example.where}: no {form} question can be made of {example.form} {example.task}.")
+    """Random numbers of one question."""
     key = [seed, form, example.problem, example.solution, *(Path(image).name for image in example.images)]
     return random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
 
 
-def _true_answers(examples: list[Example]) -> dict:
-    """{task: [(right answer, size of its image), ..]} of all rows, each as often as it is true."""
-    pools = {}
-    for example in examples:
-        if TASKS[example.task].right:
-            pools.setdefault(example.task, []).extend((text, example.size) for text in TASKS[example.task].right(example))
-    return pools
+def _question(example: Example, form: str, right, texts, rng, lent=0) -> Example:
+    """The example in another form: wrong answers are the first of `texts` that its task finds wrong, else invented.
 
-
-def _in_pixels_of(example: Example, text: str, size) -> str:
-    """Another row's answer as it would stand in this row: its boxes as the same shares of this image."""
-    same = not TASKS[example.task].boxes or None in (size, example.size) or size == example.size
-    return text if same else resize_boxes_in(text, size, example.size)
-
-
-def _no_answer_is_most(examples: list[Example], share: float = 1 / 3) -> list[Example]:
-    """The examples without those beyond `share` of their task that have one and the same answer; in their order."""
-    single = [e for e in examples if TASKS[e.task].right and TASKS[e.task].most == 1]
-    counts = Counter(_looks(e, TASKS[e.task].right(e)[0]) for e in single)
-    most = {}
-    for task in {e.task for e in single}:
-        sizes = sorted(count for key, count in counts.items() if key[0] == task)
-        rest = sum(sizes[:-1])                          # the most frequent may be half of all others together
-        most[task] = max(rest * share / (1 - share), 1) if len(sizes) > 2 else sizes[-1]
-    kept, seen, of_one = [], Counter(), {id(e) for e in single}
-    for example in examples:
-        key = _looks(example, TASKS[example.task].right(example)[0]) if id(example) in of_one else None
-        seen[key] += key is not None
-        if key is None or seen[key] <= most[example.task]:
-            kept.append(example)
-    if len(kept) < len(examples):
-        say(f"{len(examples) - len(kept)} of {len(examples)} rows are left out of derived questions: their answer is more "
-            f"than {share:.0%} of all, so it could be guessed")
-    return kept
-
-
-def _looks(example: Example, text: str) -> tuple:
-    """What an answer looks like to somebody who does not look at the image: task and `alike` of its record."""
-    return example.task, TASKS[example.task].alike(text, example)
-
-
-def _question(example: Example, form: str, texts, rng, shown=None) -> Example:
-    """The example in another form: wrong answers are those of `texts` that its task finds wrong, else invented.
-
-    shown: how much oftener what looks like an answer was right than wrong so far; what was right too often is wrong
-    next, and what was not is right.
+    Whether a yes/no question shows a right one is the toss of a coin; lent: how many an option question shows (0: any).
     """
-    shown, right = Counter() if shown is None else shown, TASKS[example.task].right(example)
-    right = sorted(rng.sample(right, len(right)), key=lambda text: shown[_looks(example, text)])
-    if not (wrong := wrong_answers(example, texts, rng, shown)):
+    if form == "choice" and right[0] in offered_letters(example.problem):
+        return replace(example, solution=f"<answer>{right[0]}</answer>", form=form)     # its options are there already
+    if not (wrong := wrong_answers(example, texts, rng)):
         raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the row, or give {form} a "
                         "file of its own.")
-    right, wrong, question, answer = (_binary if form == "binary" else _choice)(example, right, wrong, rng)
-    shown.update(_looks(example, text) for text in right)
-    shown.subtract(_looks(example, text) for text in wrong)
+    if form == "binary":
+        text, answer = (right[0], "yes") if rng.random() < 0.5 else (wrong[0], "no")
+        question = TASKS[example.task].ask(example, text)
+    else:
+        question, answer = _options(example, right[:lent or rng.randint(1, TASKS[example.task].most)], wrong, rng)
     return replace(example, problem=question, solution=f"<answer>{answer}</answer>", form=form)
 
 
-def wrong_answers(example: Example, texts, rng, shown=(), most: int = 3) -> list[str]:
-    """Up to `most` different texts that the example's task finds wrong: of `texts`, by `shown`, then invented ones."""
-    task, found = TASKS[example.task], []
-    owed, fits = Counter(shown), [text for text in texts if task.wrong(text, example)]
-    while fits and len(found) < most:
-        found.append(max(fits, key=lambda text: owed[_looks(example, text)]))  # the first of equals
-        owed[_looks(example, found[-1])] -= 1
-        fits.remove(found[-1])
-    for text in task.invent(example, rng) if len(found) < most else ():
-        if len(found) < most and text not in found and task.wrong(text, example):
-            found.append(text)
-    return found
+def wrong_answers(example: Example, texts, rng, most: int = 3) -> list[str]:
+    """Up to `most` different texts that the example's task finds wrong: the first of `texts`, then invented ones."""
+    task, found = TASKS[example.task], {}
+    for text in itertools.chain(texts, task.invent(example, rng)):
+        if text.lower() not in found and task.wrong(text, example):
+            found[text.lower()] = text
+        if len(found) == most:
+            break
+    return list(found.values())
 
 
-def _binary(example: Example, right: list[str], wrong: list[str], rng) -> tuple:
-    """(right and wrong texts that are shown, question about one candidate, yes or no), by the toss of a coin."""
-    if rng.random() < 0.5:
-        return right[:1], [], TASKS[example.task].ask(example, right[0]), "yes"
-    return [], wrong[:1], TASKS[example.task].ask(example, wrong[0]), "no"
-
-
-def _choice(example: Example, right: list[str], wrong: list[str], rng) -> tuple:
-    """(right and wrong texts that are shown, question with four options, letters of the right ones)."""
-    if right[0] in offered_letters(example.problem):
-        return [], [], example.problem, right[0]        # its options are there already
-    task = TASKS[example.task]
-    right = right[:rng.randint(1, task.most)]
-    wrong = wrong[:4 - len(right)]
-    options = rng.sample(right + wrong, len(right + wrong))
+def _options(example: Example, right: list[str], wrong: list[str], rng) -> tuple[str, str]:
+    """(question with four options, letters of the right ones)."""
+    options = right + wrong[:4 - len(right)]
+    options = rng.sample(options, len(options))
     lines = [f"{letter}. {' '.join(option.split())}" for letter, option in zip("ABCD", options)]
     letters = ", ".join("ABCD"[n] for n, option in enumerate(options) if option in right)
-    return right, wrong, "\n".join([task.choose(example), *lines]), letters
+    return "\n".join([TASKS[example.task].choose(example), *lines]), letters
 
 
 # ---- Order ----
@@ -581,40 +639,38 @@ def load_data(cfg):
     Returns (stage name -> examples, test examples, questions). A form without a file is derived from the open one.
     """
     files, options = find_files(cfg.data), {
-        "image_root": cfg.image_root or cfg.data, "task": cfg.task or None, "max_pixels": cfg.max_pixels,
+        "image_root": cfg.image_root or cfg.data, "task": cfg.task, "max_pixels": cfg.max_pixels,
         "skip_bad_rows": cfg.skip_bad_rows, "allow_outside": cfg.allow_outside}
     path = cfg.questions or files["questions"]
     check_names(cfg.task, [*files["train"].values(), *(file for _, file in files["test"].values()), path])
-    forms, read = {}, []
-
-    def form_examples(form):  # read or derived once, however many stages ask
-        if form not in forms:
-            if file := files["train"].get(form):
-                forms[form] = load_examples(file, form=form, **options)
-                read.extend(forms[form])
-            elif form == "open":
-                raise UserError(f"--data {cfg.data}: no open training file, which --stages needs")
-            else:
-                forms[form] = derive_all(form_examples("open"), form, cfg.seed, cfg.skip_bad_rows)
-        return forms[form]
-
-    examples, questions = {}, []
-    for stage in cfg.curriculum:
-        if stage.forms:
-            examples[stage.name] = [e for form in stage.forms for e in form_examples(form)]
-        elif stage.name == "sft":
-            examples["sft"] = form_examples("open")
-        elif not questions:
-            if not path:
-                raise UserError(f"--data {cfg.data}: no question file for the reject stage; name one with --questions")
-            questions = load_examples(path, chat_task="general", **options)
+    forms = {stage.name: stage.forms or (("open",) if stage.name == "sft" else ()) for stage in cfg.curriculum}
+    train = training_forms(files["train"], {form for each in forms.values() for form in each}, cfg.seed, **options)
+    examples = {name: [e for form in each for e in train[form]] for name, each in forms.items() if each}
+    questions = []
+    if "reject" in forms:
+        if not path:
+            raise UserError(f"--data {cfg.data}: no question file for the reject stage; name one with --questions")
+        questions = load_examples(path, chat_task="general", **options)
     tests = []  # every split's rows, labeled with its name
     for split, (form, file) in files["test"].items():
         rows = [replace(e, split=split) for e in load_examples(file, form=form, **options)]
         tests += rows[:cfg.eval_limit or None]
-    for sentence in doubts.between(read, tests):
+    for sentence in doubts.between([e for rows in train.values() for e in rows], tests):
         say(f"{cfg.data}: {sentence}")
     return examples, tests, questions
+
+
+def training_forms(files: dict, forms, seed: int = 0, **options) -> dict[str, list[Example]]:
+    """{form: training examples} for `forms`: read from the form's own file, or else derived from the open one."""
+    forms = [form for form in FORMS if form in forms]
+    from_open = "open" in forms or not all(files.get(form) for form in forms)
+    found = {form: load_examples(file, form=form, **options) for form, file in files.items()
+             if file and (form in forms or form == "open" and from_open)}
+    for form in forms:
+        if form not in found and "open" not in found:
+            raise UserError(f"there is no {form} training file, and no open one to derive it from, as --stages needs.")
+        found[form] = found.get(form) or derive_all(found["open"], form, seed, options.get("skip_bad_rows", False))
+    return found
 
 
 def refuse_long_prompts(cfg, processor, examples):

@@ -280,7 +280,7 @@ def evaluate_files(args):
     model, processor = load_policy(args.model, args.device, max_pixels=args.max_pixels)
     examples = []
     for path in args.data:
-        rows = load_examples(path, image_root=args.image_root, form=args.form, task=args.task or None,
+        rows = load_examples(path, image_root=args.image_root, form=args.form, task=args.task,
                              max_pixels=args.max_pixels)
         examples += [replace(example, split=Path(path).stem) for example in rows]
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
@@ -303,7 +303,7 @@ def main(argv=None):
     files = commands.add_parser("evaluate", help="accuracy and pass@k of a checkpoint on files", allow_abbrev=False)
     files.add_argument("--data", nargs="+", required=True, help="JSONL files")
     files.add_argument("--image_root")
-    files.add_argument("--task", default="", help="task of rows that name none")
+    files.add_argument("--task", nargs="+", help="task of rows that name none: TASK, or NAME=TASK by file")
     files.add_argument("--form", choices=FORMS, help="form of the questions (default: by the file's name)")
     files.add_argument("--samples", type=int, default=1, help="answers to each question; more than 1 give pass@k")
     files.add_argument("--out", default="predictions.jsonl")

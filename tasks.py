@@ -10,7 +10,6 @@ How answers are read is in answers.py. `example` is a data.Example: .form, .task
 derived or checked .problem and .size.
 """
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -119,16 +118,6 @@ def invent_boxes(example, rng):
         yield json.dumps([x, y, x + w, y + h])
 
 
-def box_looks(text, example):
-    """Size (in steps of 2 of its share of the image) and place (in thirds) of one box, to tell boxes that look alike."""
-    boxes, (width, height) = parse_boxes(text), example.size
-    if not boxes:
-        return text
-    x1, y1, x2, y2 = boxes[0]
-    share = (x2 - x1) * (y2 - y1) / (width * height)
-    return round(math.log2(max(share, 1e-6))), int(1.5 * (x1 + x2) / width), int(1.5 * (y1 + y2) / height)
-
-
 def wrong_label(text, example):
     """Whether a text is one label that is not true: no part, plural or plain synonym of a true one, nor the reverse."""
     return len(parse_labels(text)) == 1 and not any(related(text, label) for label in right_labels(example))
@@ -167,7 +156,7 @@ def wrong_answer(text, example):
     options, right = listed(example)
     if options:
         return text in options and text != right
-    alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or {text.lower(), truth.lower()} == {"yes", "no"}
+    alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or {text, truth} in ({"yes", "no"}, {"Yes", "No"})
     return alike and not math_accuracy(text, truth) and not math_accuracy(truth, text)
 
 
@@ -258,7 +247,6 @@ class Task:
     wrong: Callable | None = None                       # (text, example) -> could be taken for one, and is none
     invent: Callable = lambda example, rng: ()          # (example, rng) -> texts to try where the pool lends too few
     pool: tuple = ()                                    # texts to draw from where other rows lend none
-    alike: Callable = lambda text, example: text        # (text, example) -> what of it shows without the image
     ask: Callable = lambda example, text: f"{example.problem}\nIs the answer {text}?"
     choose: Callable = lambda example: f"{example.problem}\nWhich of these is right?"
     most: int = 1                                       # right options of a choice question at most
@@ -274,7 +262,7 @@ TASKS = {
         accuracy=detection_accuracy, fault=detection_fault, boxes=True, needs_image=True,
         rule=lambda _: 'Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
         readable=lambda answer: parse_boxes(answer) is not None,
-        right=right_boxes, wrong=wrong_box, invent=invent_boxes, alike=box_looks,
+        right=right_boxes, wrong=wrong_box, invent=invent_boxes,
         ask=lambda example, text: f"{example.problem}\nIs {text} the right box?" if text.startswith("[") else
         f"{example.problem}\nIs the answer {text}?"),
     "classify": Task(

@@ -11,6 +11,7 @@ above chance, a policy can learn without looking, and that would not help it wit
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from answers import parse_boxes, parse_labels, parse_letters, parse_verdict
-from data import FORMS, Example, derive, derive_all, find_files, load_examples
+from data import FORMS, Example, derive, derive_all, find_files, training_forms
 from distributed import UserError
 from tasks import TASKS, truth_of
 from tools.numerals import parse_number
@@ -82,14 +83,13 @@ def described(examples):
     return np.array(rows, float), np.array(right), np.array(owner), texts
 
 
-def often(texts, right, of, alone):
-    """How often each candidate's text was right and wrong among the candidates `of`; without itself where `alone`."""
-    told = Counter((text, r) for text, r, use in zip(texts, right, of) if use)
+def often(texts, right, train):
+    """How often each candidate's text was right among the candidates `train`, where it was shown there ten times."""
+    told = Counter((text, bool(r)) for text, r, use in zip(texts, right, train) if use)
     rows = []
-    for text, r, own in zip(texts, right, of & alone):
-        yes, no = told[text, True] - (own and r), told[text, False] - (own and not r)
-        rows.append([math.log1p(yes), math.log1p(no), (yes + 1) / (yes + no + 2)])
-    return np.array(rows)
+    for yes, no in ((told[text, True], told[text, False]) for text in texts):
+        rows.append([math.log1p(yes), math.log1p(no), (yes + 1) / (yes + no + 2)] if yes + no >= 10 else [0, 0, 0])
+    return np.array(rows, float)
 
 
 # ---- The learner ----
@@ -121,7 +121,7 @@ def blind_accuracy(examples, seed=0):
         return None
     x, right, owner, texts = described(examples)
     test = np.array([half(examples[n], seed) for n in owner])
-    x = np.concatenate([x, often(texts, right, ~test, alone=~test), np.ones((len(x), 1))], 1)
+    x = np.concatenate([x, often(texts, right, ~test)], 1)
     x = (x - x[~test].mean(0)) / (x[~test].std(0) + 1e-6)
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
     owner = np.arange(len(owner)) if several else owner
@@ -140,17 +140,15 @@ def half(example, seed):
     return hashlib.sha256(f"{seed} {re.sub(r'[.]rf[.].*', '', name)}".encode()).digest()[0] % 2 == 0
 
 
-def blind_report(by_form):
-    """Sentences on {form: examples}: per task and form blind accuracy beside chance, with a warning where it is high."""
+def blind_report(examples):
+    """Sentences on questions: per task and form blind accuracy beside chance, with a warning where it is high."""
     said = []
-    for form in ("binary", "choice"):
-        for task in TASKS:
-            found = blind_accuracy([e for e in by_form.get(form, ()) if e.task == task])
-            if found:
-                share, chance, n = found
-                said.append(f"{form} {task}: without looking {share:.0%} right, by chance {chance:.0%} ({n} questions)" + (
-                    ". WARNING: the questions give their answers away; what is learned from them need not be seeing"
-                    if share > chance + WARN else ""))
+    for form, task in itertools.product(("binary", "choice"), TASKS):
+        if found := blind_accuracy([e for e in examples if (e.form, e.task) == (form, task)]):
+            share, chance, n = found
+            said.append(f"{form} {task}: without looking {share:.0%} right, by chance {chance:.0%} ({n} questions)" + (
+                        ". WARNING: the questions give their answers away; what is learned from them need not be seeing"
+                        if share > chance + WARN else ""))
     return said
 
 
@@ -211,7 +209,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", help="data directory, as currreft.py's")
     parser.add_argument("--image_root", help="directory that image paths are relative to (default: --data)")
-    parser.add_argument("--task", help="task of rows that name none")
+    parser.add_argument("--task", nargs="+", default=[], help="task of rows that name none, as currreft.py's")
     parser.add_argument("--seed", type=int, default=0, help="the run's --seed")
     parser.add_argument("--made", action="store_true", help="on made annotations instead: the table of docs/derived.md")
     args = parser.parse_args(argv)
@@ -221,12 +219,10 @@ def main(argv=None):
         if args.made:
             print(made_table())
             return 0
-        files, forms = find_files(args.data)["train"], {}
-        options = {"image_root": args.image_root or args.data, "task": args.task, "skip_bad_rows": True}
-        for form in FORMS[::-1]:
-            forms[form] = load_examples(files[form], form=form, **options) if files[form] else \
-                derive_all(forms["open"], form, args.seed, skip_bad_rows=True)
-        print("\n".join(blind_report(forms)) or "too few questions to tell")
+        files = find_files(args.data)["train"]
+        forms = training_forms(files, [form for form in FORMS if files[form] or files["open"]], args.seed, task=args.task,
+                               image_root=args.image_root or args.data, skip_bad_rows=True)
+        print("\n".join(blind_report([e for rows in forms.values() for e in rows])) or "too few questions to tell")
     except UserError as error:
         print(f"tools.blind: {error}", file=sys.stderr)
         return 2

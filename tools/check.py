@@ -6,6 +6,8 @@ import torch
 
 from distributed import one_line, say
 from engine import generate
+from tools.blind import blind_report
+from tools.doubts import text_only_truths
 
 
 def check(run):
@@ -20,6 +22,12 @@ def check(run):
         say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of {lengths[0]} to {lengths[-1]} "
             f"tokens, median {lengths[len(lengths) // 2]}\n    {rows[0].where}: {one_line(rows[0].problem)}\n"
             f"    truth: {one_line(rows[0].solution)}")
+    asked = [e for rows in run.examples.values() for e in rows]
+    if as_written := list(dict.fromkeys(text_only_truths(asked))):
+        say(f"{len(as_written)} true answers are paid only as they are written: "
+            f"{', '.join(map(one_line, as_written[:3]))}")
+    for sentence in blind_report(asked):
+        say(sentence)
     examples = [rows[0] for rows in run.examples.values()] or run.questions[:1]
     prompts = run.prompts(examples)
     started = time.perf_counter()

@@ -128,7 +128,8 @@ def declared_tasks(text) -> dict:
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}
     """
-    declared, text = {}, " ".join(map("=".join, text.items()) if isinstance(text, dict) else [text or ""])
+    words = map("=".join, text.items()) if isinstance(text, dict) else [text or ""] if isinstance(text, str | None) else text
+    declared, text = {}, " ".join(words)
     for word in re.split(r"[\s,]+", text):
         name, _, task = word.rpartition("=")
         if word and (task not in TASKS or name.lower() in declared):

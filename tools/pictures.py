@@ -3,7 +3,7 @@
     python -m tools.pictures curves runs/demo --out curves.png                 # reward against step, one band a stage
     python -m tools.pictures curves runs/a runs/b --out both.png --metric kl           # one line a run: compare forks
     python -m tools.pictures table runs/a runs/b                               # accuracies in % with 95 % intervals
-    python -m tools.pictures examples data/train/open.jsonl --image_root data --out sheet.png -n 12
+    python -m tools.pictures examples DIR --out sheet.png -n 12                # rows as a run on DIR trains on them
 
 Everything is drawn with Pillow at SCALE times its final size and scaled down once, which smooths every edge. Lengths
 are in final pixels, boxes in pixels of the image as the model sees it. Model text is hostile: it is cleaned, wrapped
@@ -22,8 +22,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from answers import extract_answer, parse_boxes
-from data import FORMS, derive, load_examples, load_image
+from data import FORMS, derive_all, find_files, load_examples, load_image, training_forms
 from distributed import UserError
+from tasks import TASKS
 
 SCALE = 2
 INK, GREY, LINE, PAGE = "#1f2933", "#6b7682", "#dde2e7", "#f1f3f5"
@@ -423,15 +424,32 @@ def sheet(predictions: list[dict], out, columns: int = 4) -> Path:
     return save_tiles([prediction_tile(row) for row in predictions], out, columns)
 
 
-def example_tile(example) -> Image.Image:
-    """A training example with its true boxes, and the questions and answers of the three forms derived from it."""
-    forms = [example] if example.form != "open" or example.task == "general" else [derive(example, f) for f in FORMS]
-    true = answer_in(example.solution)
-    boxes = parse_boxes(true) or [] if example.task == "detection" and example.form == "open" else []
-    texts = [(f"{example.task} · {Path(example.where).name}", GREY, 1)]
+def example_tile(forms) -> Image.Image:
+    """A training row with its true boxes, and its question and answer in each form that a run trains on."""
+    plain = next((example for example in forms if example.form == "open"), forms[0])
+    true = answer_in(plain.solution)
+    boxes = parse_boxes(true) or [] if plain.task == "detection" and plain.form == "open" else []
+    texts = [(f"{plain.task} · {Path(plain.where).name}", GREY, 1)]
     for form in forms:
         texts += [(f"{form.form}: {form.problem}", INK, 8), (answer_in(form.solution), GREEN, 3)]
-    return tile(next(iter(example.images), None), example.size, [(GREEN, boxes)], texts)
+    return tile(next(iter(plain.images), None), plain.size, [(GREEN, boxes)], texts)
+
+
+def training_rows(place, image_root, task, seed, skip_bad_rows) -> list[list]:
+    """[[one row as a run would train on it, in each of its forms], ..] of a data directory or of one file."""
+    options = {"image_root": image_root, "task": task, "skip_bad_rows": skip_bad_rows}
+    if Path(place).is_dir():
+        files = find_files(place)["train"]
+        forms = [form for form in FORMS if files[form] or files["open"]]
+        read = training_forms(files, forms, seed, **options | {"image_root": image_root or place}).values()
+    else:
+        read = [load_examples(place, **options)]
+        plain = [e for e in read[0] if e.form == "open" and TASKS[e.task].right]
+        read = [derive_all(plain, form, seed, True) for form in ("binary", "choice") if plain] + read
+    rows = {}
+    for example in itertools.chain(*read):
+        rows.setdefault(example.where, []).append(example)
+    return list(rows.values())
 
 
 # ---- table of accuracies ----
@@ -513,9 +531,12 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--smooth", type=whole, help="steps in the running mean (default: a twentieth of the run)")
     command = commands.add_parser("table", help="accuracies in %% with 95 %% intervals")
     command.add_argument("runs", nargs="+", metavar="RUN")
-    command = commands.add_parser("examples", help="training examples and the three forms derived from them")
-    command.add_argument("file", metavar="FILE.jsonl")
-    command.add_argument("--image_root", help="directory that the file's image paths start from")
+    command = commands.add_parser("examples", help="rows as a run trains on them, in their three forms")
+    command.add_argument("data", metavar="DIR_OR_FILE", help="a data directory, or one file of rows")
+    command.add_argument("--image_root", help="directory that image paths start from")
+    command.add_argument("--task", nargs="+", default=[], help="task of rows that name none, as the run's")
+    command.add_argument("--seed", type=int, default=0, help="the run's --seed")
+    command.add_argument("--skip_bad_rows", action="store_true", help="drop and count bad rows")
     command.add_argument("--out", default="sheet.png")
     command.add_argument("-n", type=whole, default=12, help="how many examples, evenly from the whole file")
     args = parser.parse_args(argv)
@@ -526,9 +547,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "table":
             print(table({name: read_results(run) for name, run in zip(run_names(args.runs), args.runs)}))
         else:
-            examples = load_examples(args.file, image_root=args.image_root)
-            examples = examples[::max(1, len(examples) // args.n)][:args.n]
-            print(save_tiles([example_tile(example) for example in examples], args.out, 4))
+            rows = training_rows(args.data, args.image_root, args.task, args.seed, args.skip_bad_rows)
+            rows = rows[::max(1, len(rows) // args.n)][:args.n]
+            print(save_tiles([example_tile(forms) for forms in rows], args.out, 4))
     except UserError as error:
         print(f"tools.pictures: {error}", file=sys.stderr)
         return 2
