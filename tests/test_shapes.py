@@ -163,9 +163,9 @@ def test_each_file_of_the_released_test_folder_has_its_task(root):
     cfg = currreft.parse_args(flags)
     with pytest.raises(UserError, match="--task names it"):
         data.load_data(cfg)
-    object.__setattr__(cfg, "task", "superCLEVR=math, RefGTA=detection")
+    cfg = currreft.parse_args([*flags, "--task", "superCLEVR=math", "RefGTA=detection"])
     assert Counter(e.task for e in data.load_data(cfg)[1]) == {"math": 1, "detection": 1}
-    object.__setattr__(cfg, "task", "superCLVR=math")
+    cfg = currreft.parse_args([*flags, "--task", "superCLVR=math"])
     with pytest.raises(UserError, match="no file or folder of the data begins with 'superclvr'"):
         data.load_data(cfg)
 
