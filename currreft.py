@@ -27,9 +27,8 @@ N tokens of a packed row (engine.py), H hidden size, V vocabulary.
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...  # several
 """
 
-import argparse
 import dataclasses
-import inspect
+import logging
 import re
 import sys
 import time
@@ -45,14 +44,17 @@ from tqdm import tqdm
 from data import FORMS, Example, Processor, Prompt, load_data, refuse_long_prompts, taught
 from distributed import RunError, ShardedAdamW, UserError, gather, join_ranks, leave, say, world
 from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: F401 (load_policy is imported from here)
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, paid
 from run import Run, write_aside
 from sample import Judge, kept_examples, rejection_sample
+from tools import doubts
 from tools.accept import base_config
 from tools.card import write_cards
 from tools.endings import Stopped, ending, signals
+from tools.flags import check_values, parse
 from tools.layout import declared_tasks
 from tools.memory import check_memory, memory_needed
+from tools.terminal import terminal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
@@ -62,6 +64,7 @@ from tools.memory import check_memory, memory_needed
 class Config:
     """Every setting of a run. All batch sizes are global: the same run on any number of GPUs."""
 
+    # what is trained, on what, and where
     model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # directory or hub name of a Qwen2.5-VL checkpoint to start from
     data: str = ""  # directory with grpo_data/{train,test} and SFT_data/reject, or {train,test}
     image_root: str = ""  # directory that image paths are relative to (default: --data)
@@ -70,17 +73,20 @@ class Config:
     resume: bool = False  # continue the run in --out where it stopped
     allow_changes: bool = False  # resume although settings differ from those the run began with
 
+    # the curriculum, and what GRPO samples
     stages: tuple = ("binary:600", "choice:500", "open:2300", "reject:400")  # the curriculum, FORM[+FORM]:STEPS each
     advance_at: float = 0.0  # end a stage early once its mean accuracy reward over 50 steps reaches this (0: never)
     reference: str = "stage"  # KL reference: policy at the start of the 'stage', or of the whole run ('base')
     prompts_per_step: int = 8  # prompts in one GRPO step, over all GPUs
     num_generations: int = 8  # completions of each prompt, G
     updates_per_rollout: int = 1  # optimizer steps taken on one rollout
+    seed: int = 0  # everything random follows from it
     temperature: float = 1.0  # of the sampled and scored distribution in RL
     max_completion_length: int = 512  # new tokens of a completion at most
     max_prompt_length: int = 4096  # longer prompts (image tokens included) are refused, never truncated
     max_pixels: int = 401_408  # pixels of an image at most; 28 x 28 of them are one token
 
+    # the update
     lr: float = 1e-6  # RL learning rate (paper 2e-5, model card 1e-5, released code 1e-6)
     lr_schedule: str = "cosine"  # within each stage: 'cosine' to zero, or 'constant'
     warmup_steps: int = 0  # linear warm-up at the start of each stage
@@ -92,6 +98,7 @@ class Config:
     soft_iou: bool = False  # open detection is rewarded with the matched IoU itself instead of IoU > 0.5
     freeze_vision: bool = False  # keep the vision tower fixed and encode each image once per step
 
+    # phase 2, and supervised stages
     sft_lr: float = 2e-7  # learning rate of the sft and reject stages
     sft_batch: int = 32  # examples in one SFT step, over all GPUs
     questions: str = ""  # JSONL of questions for rejection sampling (default: found under --data)
@@ -100,8 +107,8 @@ class Config:
     judge_url: str = ""  # OpenAI-compatible endpoint that scores answers (default: rules; key in JUDGE_API_KEY)
     judge_model: str = ""  # model name sent to the judge
 
+    # how it is done: time and memory, not results
     check: bool = False  # look before a long run: data, one rollout, log-probabilities, memory, time; trains nothing
-    seed: int = 0  # everything random follows from it
     micro_batch: int = 1  # groups (RL) or examples (SFT) in one forward pass; changes speed and memory, not results
     max_rows: int = 64  # completions in flight in a rollout, per GPU
     checkpoint_activations: bool = False  # recompute activations in the update: slower, far less memory
@@ -110,6 +117,7 @@ class Config:
     threads: int = 0  # CPU threads (0: torch's choice)
     timeout_minutes: float = 30.0  # a rank that others wait for longer than this ends the run
 
+    # what is kept and shown
     save_every: int = 50  # steps between checkpoints to resume from
     keep: int = 2  # such checkpoints kept; the end of every stage is kept in any case
     sample_every: int = 10  # steps between printed samples
@@ -120,32 +128,7 @@ class Config:
     allow_outside: bool = False  # allow image paths outside --image_root
 
     def __post_init__(self):
-        checks = [
-            (self.num_generations >= 2, "--num_generations must be at least 2: an advantage compares answers"),
-            (self.prompts_per_step >= 1, "--prompts_per_step must be at least 1"),
-            (self.temperature > 0, "--temperature must be above 0"),
-            (self.max_completion_length >= 1, "--max_completion_length must be at least 1"),
-            (self.max_pixels >= 3136, "--max_pixels must be at least 3136 (56 x 56)"),
-            (self.lr > 0 and self.sft_lr > 0, "--lr and --sft_lr must be above 0"),
-            (self.beta >= 0 and self.weight_decay >= 0, "--beta and --weight_decay must not be negative"),
-            (0 < self.epsilon < 1, "--epsilon must lie between 0 and 1"),
-            (0 <= self.partial_credit <= 1, "--partial_credit must lie between 0 and 1"),
-            (0 <= self.advance_at <= 1, "--advance_at must lie between 0 and 1"),
-            (0 <= self.reject_threshold <= 100, "--reject_threshold must lie between 0 and 100"),
-            (min(self.micro_batch, self.updates_per_rollout, self.sft_batch, self.reject_samples, self.max_rows,
-                 self.eval_rows, self.keep, self.save_every, self.sample_every, self.max_prompt_length) >= 1,
-             "--micro_batch, --updates_per_rollout, --sft_batch, --reject_samples, --max_rows, --eval_rows, --keep, "
-             "--save_every, --sample_every and --max_prompt_length must be at least 1"),
-            (min(self.warmup_steps, self.threads, self.eval_limit) >= 0 and self.max_grad_norm > 0
-             and self.timeout_minutes > 0, "--warmup_steps, --threads and --eval_limit must not be negative, "
-             "--max_grad_norm and --timeout_minutes must be above 0"),
-            (self.reference in ("stage", "base"), "--reference must be 'stage' or 'base'"),
-            (self.lr_schedule in ("cosine", "constant"), "--lr_schedule must be 'cosine' or 'constant'"),
-            (self.dtype in ("auto", "bfloat16", "float32"), "--dtype must be auto, bfloat16 or float32"),
-            (self.report_to in ("", "tensorboard", "wandb"), "--report_to must be tensorboard or wandb"),
-        ]
-        if failed := [sentence for passed, sentence in checks if not passed]:
-            raise UserError("\n".join(failed))
+        check_values(vars(self))
         self.curriculum, declared_tasks(self.task)  # raise for a malformed stage, or a task that is none
 
     @property
@@ -298,9 +281,9 @@ def judge(cfg, groups):
     """Give each completion its rewards, by the truth of its own question, and its advantage within its group."""
     for group in groups:
         texts, example = [o.text for o in group.completions], group.example
-        group.accuracy = torch.tensor([accuracy_reward(text, example, partial_credit=cfg.partial_credit,
-                                                       soft_iou=cfg.soft_iou) for text in texts], dtype=torch.float64)
-        group.format = torch.tensor([format_reward(text, example) for text in texts], dtype=torch.float64)
+        group.accuracy = torch.tensor([paid(accuracy_reward, text, example, partial_credit=cfg.partial_credit,
+                                            soft_iou=cfg.soft_iou) for text in texts], dtype=torch.float64)
+        group.format = torch.tensor([paid(format_reward, text, example) for text in texts], dtype=torch.float64)
         group.rewards = group.accuracy + group.format
         group.advantages = group_advantages(group.rewards).float()
 
@@ -413,9 +396,13 @@ def begin(cfg):
         if size % world()[1]:
             raise UserError(f"--{name} {size} is not a multiple of the {world()[1]} ranks")
     examples, tests, questions = load_data(cfg)
+    if not Path(cfg.model).exists():
+        say(f"--model {cfg.model} is no directory here, so it is looked for on the Hugging Face hub")
     processor = Processor.from_pretrained(cfg.model, cfg.max_pixels)
     examples = {name: refuse_long_prompts(cfg, processor, rows) for name, rows in examples.items()}
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
+    for sentence in doubts.of_a_run(cfg, examples):
+        say(sentence)
     longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
     check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
     if questions:
@@ -455,7 +442,7 @@ def train_stage(run, stage, done):
         run.bar.close()
 
 
-def advance(run, stage, means, window=50):
+def advance(run, stage, means, window=doubts.WINDOW):
     """Whether a stage ends early: its mean accuracy reward over `window` steps has reached --advance_at."""
     run.recent = (run.recent + [means.get("reward/accuracy", 0.0)])[-window:]
     mean = sum(run.recent) / len(run.recent)
@@ -475,7 +462,8 @@ def self_improve(run, stage, done):
         run.policy, run.processor, run.questions, kept, judge=Judge(cfg.judge_url, cfg.judge_model),
         samples=cfg.reject_samples, threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
         max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=signals.check)
-    say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}")
+    say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of {cfg.sft_batch} are "
+        f"{stage.steps * cfg.sft_batch / max(1, count):.3g} passes over them")
     if not count:
         raise RunError(f"{stage.name}: no answer scored above --reject_threshold {cfg.reject_threshold:g}, so there is "
                        "nothing to fine-tune on")
@@ -488,27 +476,15 @@ def self_improve(run, stage, done):
 
 def parse_args(argv=None):
     """Config from flags. Every field is a flag of the same name; its comment in the source is the help text."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    if bare := [f.name for f in dataclasses.fields(Config) if f.name not in comments]:
-        raise UserError(f"Config.{bare[0]} has no comment on its line in currreft.py: that is its --help")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(field.default, tuple):
-            kind = {"nargs": "+"}
-        parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name].replace("%", "%%")
-                            + ("" if field.default in ("", ()) else f" [{field.default}]"), **kind)
-    values = vars(parser.parse_args(argv))
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return parse(Config, argv, __doc__.splitlines()[0])
 
 
 def main(argv=None):
     """Command line; exits with 2 and a sentence for a user's mistake, 1 for a run that cannot go on."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
-    with signals:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
+    with terminal(), signals:
         cfg = None
         try:
             cfg = parse_args(argv)

@@ -107,9 +107,12 @@ class Processor:
         self.lengths = {}                               # example -> tokens of its prompt, as far as known
 
     @classmethod
-    def from_pretrained(cls, path, max_pixels: int = MAX_PIXELS) -> "Processor":
-        """Read a directory or hub name. UserError if it is no Qwen2.5-VL checkpoint or lacks a part."""
-        if max_pixels < MIN_PIXELS:
+    def from_pretrained(cls, path, max_pixels: int | None = MAX_PIXELS) -> "Processor":
+        """Read a directory or hub name. UserError if it is no Qwen2.5-VL checkpoint or lacks a part.
+
+        max_pixels: of an image at most, MIN_PIXELS at least; None: what the checkpoint itself says.
+        """
+        if max_pixels is not None and max_pixels < MIN_PIXELS:
             raise UserError(f"max_pixels is {max_pixels}, but an image takes at least {MIN_PIXELS}.")
         try:
             if (model_type := AutoConfig.from_pretrained(path, trust_remote_code=False).model_type) != "qwen2_5_vl":
@@ -131,8 +134,14 @@ class Processor:
                             "of the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
                             "tokenizer_config.json)")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
-        image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels}
+        most = max_pixels or image_processor.size["longest_edge"]
+        image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": most}
         return cls(tokenizer, image_processor, files)
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of an image at most."""
+        return self.image_processor.size["longest_edge"]
 
     def save_pretrained(self, path) -> None:
         """Write what stands beside the weights: the checkpoint's own files, with this run's pixel limits.
@@ -250,7 +259,9 @@ def _places_images(tokenizer) -> bool:
     """Whether the chat template has a place for an image; that of Qwen's text models fails on a list of parts."""
     try:
         return "<|image_pad|>" in render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}])
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__cause__, TimeoutError | MemoryError):
+            raise
         return False
 
 
@@ -668,7 +679,8 @@ def training_forms(files: dict, forms, seed: int = 0, **options) -> dict[str, li
              if file and (form in forms or form == "open" and from_open)}
     for form in forms:
         if form not in found and "open" not in found:
-            raise UserError(f"there is no {form} training file, and no open one to derive it from, as --stages needs.")
+            raise UserError(f"--stages needs a training file of {form} questions, which the data has not" + (
+                            "." if form == "open" else ", nor an open one to derive them from."))
         found[form] = found.get(form) or derive_all(found["open"], form, seed, options.get("skip_bad_rows", False))
     return found
 

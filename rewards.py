@@ -8,10 +8,12 @@ in common: accuracy, format, and the score by which rejection sampling keeps ans
 
 `example` is anything with .form, .task and .solution (see data.Example). No text raises, is slow or is evaluated.
 """
+import math
 import operator
 import re
 
 from answers import extract_answer, parse_verdict
+from distributed import RunError, one_line
 from tasks import kind, truth_of
 from tools.numerals import parse_number, same_number
 
@@ -50,6 +52,19 @@ def format_reward(completion, example):
     if not (once and ordered and thought and answer):
         return 0.0
     return float(kind(example).readable(answer))
+
+
+def paid(reward, completion, example, **settings):
+    """reward(completion, example) as a finite float; RunError that names question and answer where a fork's gives none."""
+    try:
+        value = float(reward(completion, example, **settings))
+        problem = f"gives {value}" if not math.isfinite(value) else None
+    except (Exception, SystemExit) as error:
+        problem = f"raises {type(error).__name__}: {error}"
+    if problem:
+        raise RunError(f"{reward.__name__} {problem} for the question {one_line(example.problem)!r} ({example.where}) and the "
+                       f"completion {one_line(completion)!r}. Mend it and continue with --resume")
+    return value
 
 
 def is_correct(completion, example):

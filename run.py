@@ -2,6 +2,7 @@
 
     RUN/config.json         settings, data and base model that the run was begun with (tools/identity.py)
     RUN/metrics.jsonl       one line a step
+    RUN/samples.jsonl       every --sample_every steps one question with all its completions and rewards
     RUN/results.json        one row an evaluation; RUN/predictions/ROW.jsonl has every answer of it
     RUN/checkpoints/N       to resume from: weights, optimizer, log and state after N steps; the last --keep of them
     RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
@@ -29,6 +30,7 @@ from engine import forbidden_bias, image_features, load_policy, pack
 from sample import evaluate, read_jsonl, results_table
 from tools.accept import named, not_finite
 from tools.checkpoints import check_stages, latest_checkpoint, take_back, whole_checkpoint
+from tools.doubts import Watch
 from tools.endings import signals
 from tools.files import digest, read_record, sync, write_aside, write_record
 from tools.identity import check_out, made_of
@@ -67,6 +69,7 @@ class Run:
 
         self.stopping = False               # a signal has arrived on some rank
         self.bar = None                     # progress bar of the stage, where somebody watches
+        self.watch = Watch()                # says why nothing seems to be learned
         self.report = Reporter(cfg.report_to)  # on every rank, so that all find it missing; rank 0 starts it
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -167,6 +170,7 @@ class Run:
                 file.write(json.dumps(rounded) + "\n")
             self.report(rounded)
             self._show(stage, row)
+            self.watch(self.cfg, row)
         return means
 
     def _show(self, stage, row):
@@ -184,9 +188,20 @@ class Run:
             self.bar.update()
 
     def show_sample(self, step, group):
-        """Now and then one decoded completion with its rewards, so that a person sees what is being rewarded."""
+        """Now and then one decoded completion with its rewards, so that a person sees what is being rewarded.
+
+        All of its group go to samples.jsonl.
+        """
         if step % self.cfg.sample_every == 0:
             example, completion = group.example, group.completions[0]
+            if self.rank == 0:
+                parts = zip(group.completions, group.accuracy.tolist(), group.format.tolist(), group.advantages.tolist())
+                row = {"step": self.global_step + 1, "where": example.where, "form": example.form,
+                       "problem": example.problem, "solution": example.solution, "images": example.images,
+                       "completions": [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy, "format": format,
+                                        "advantage": round(advantage, 4)} for o, accuracy, format, advantage in parts]}
+                with open(self.out / "samples.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
             say(f"--- {one_line(example.problem)}\n    truth {one_line(example.solution)}\n"
                 f"    model {one_line(completion.text)}{' (truncated)' if completion.truncated else ''}\n"
                 f"    accuracy {group.accuracy[0]:g}  format {group.format[0]:g}  advantage {group.advantages[0]:.2f}")

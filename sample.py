@@ -26,9 +26,11 @@ from answers import extract_answer, parse_boxes
 from data import FORMS, Example, load_examples, load_image, model_size
 from distributed import RunError, UserError, gather, say, world
 from engine import Prompts, generate, load_policy
-from rewards import format_reward, is_correct
+from rewards import format_reward, is_correct, paid
 from tasks import TASKS
+from tools.flags import check_values
 from tools.judge import Judge
+from tools.terminal import terminal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +81,8 @@ def prediction(example, completion, temperature):
     return {"image": example.images[0] if example.images else None, "problem": example.problem,
             "solution": example.solution, "task": example.task, "form": example.form, "split": example.split,
             "where": example.where, "size": example.size, "temperature": temperature, "completion": completion.text,
-            "answer": extract_answer(completion.text), "correct": is_correct(completion.text, example),
-            "format": format_reward(completion.text, example), "tokens": len(completion.tokens),
+            "answer": extract_answer(completion.text), "correct": bool(paid(is_correct, completion.text, example)),
+            "format": paid(format_reward, completion.text, example), "tokens": len(completion.tokens),
             "truncated": completion.truncated}
 
 
@@ -270,7 +272,7 @@ def answer(args):
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
         from tools.pictures import view
-        size = model_size(load_image(args.image[0]).size, args.max_pixels)  # the pixels that the model speaks of
+        size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
         view(args.image[0], size, [("red", boxes)]).save(args.out)
         print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)
 
@@ -281,7 +283,7 @@ def evaluate_files(args):
     examples = []
     for path in args.data:
         rows = load_examples(path, image_root=args.image_root, form=args.form, task=args.task,
-                             max_pixels=args.max_pixels)
+                             max_pixels=processor.max_pixels)
         examples += [replace(example, split=Path(path).stem) for example in rows]
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
     splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature,
@@ -313,7 +315,7 @@ def main(argv=None):
     for command, function in ((one, answer), (files, evaluate_files)):
         command.add_argument("--model", required=True, help="checkpoint directory or hub name")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--max_pixels", type=int, default=401_408)
+        command.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's limit)")
         command.add_argument("--max_completion_length", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
         command.add_argument("--top_p", type=float, default=1.0, help="sample from so much probability only")
@@ -321,6 +323,8 @@ def main(argv=None):
     runs.set_defaults(function=compare)
     args = parser.parse_args(argv)
     try:
+        greedy = {"temperature"} if getattr(args, "temperature", 1) == 0 else set()
+        check_values({name: value for name, value in vars(args).items() if value is not None and name not in greedy})
         args.function(args)
     except (UserError, OSError) as error:
         print(f"sample: {error}", file=sys.stderr)
@@ -335,4 +339,5 @@ def compare(args):
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from data import FORMS, find_files
 from distributed import UserError
 from tools.pictures import bars, curves, grid, line_chart, read_metrics, wilson
+from tools.terminal import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {  # b, c, o: steps of the three forms in the curriculum; n: their sum, which every RL row takes; r: of reject
@@ -107,7 +108,7 @@ def plan(args, bases):
     rows = {name: text.format(b=b, c=c, o=o, n=b + c + o, r=args.reject_steps) for name, text in ROWS.items()}
     jobs = []
     for base in bases:
-        wanted = {name: rows[name] for name in COMPARED} if base.seeds else rows
+        wanted = {name: rows[name] for name in (COMPARED if base.seeds else rows) if name in args.rows}
         for seed in args.seeds[:base.seeds or None]:
             for stages in dict.fromkeys(carriers(wanted).values()):
                 name = stages.replace(":", "").replace(" ", "-")
@@ -486,6 +487,7 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, nargs=3, default=(60, 60, 80), metavar=("BINARY", "CHOICE", "OPEN"),
                         help="steps of the curriculum's stages; every RL row takes their sum")
     parser.add_argument("--reject_steps", type=int, default=20)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run and report (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="of the demo's worlds and base models; all rows run on the first")
@@ -557,4 +559,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

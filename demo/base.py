@@ -43,6 +43,7 @@ from demo.world import (COLORS, HASTE, KINDS, PLACES, RL_QUESTIONS, SIDE, Questi
                         example_of, general_question, hasty_response, picture_sheet, random_scene, write_data)
 from distributed import UserError
 from tasks import TASKS
+from tools.terminal import terminal
 
 REASONS = (0.15, 0.15, 0.001)                           # how often the base reasons: binary, choice, open
 
@@ -447,4 +448,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

@@ -127,7 +127,7 @@ def test_one_command_makes_every_row_and_a_second_call_runs_nothing(command, mon
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--model", "x", "--data", "nowhere"], "nowhere"), (["--flags=--lr 0"], "must be above 0"),
+    (["--model", "x", "--data", "nowhere"], "nowhere"), (["--flags=--lr 0"], "must lie between"),
     (["--variant=--clip 3"], "--clip"), (["--flags=--soft_iou", "--report"], "holds no finished run yet")])
 def test_a_mistake_is_a_sentence_before_anything_runs(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "work", lambda *_: pytest.fail("something ran"))

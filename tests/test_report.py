@@ -69,9 +69,9 @@ def test_a_card_says_what_the_runs_files_say(flags, tmp_path):
         assert "license" not in front and "base_model" not in front, "neither is known"
         assert str(tmp_path) not in text and str(Path(flags[1]).parent) not in text and "my\\|'base'" in text
         stages = table(text, "Training")
-        assert stages[1] == ["1-binary", "3 of 3", "12", "`judge.jsonl` (12)"]
+        assert stages[1] == ["1-binary", "3 of 3", "12", "0.5", "`judge.jsonl` (12)"]
         if label == "2-reject":
-            assert stages[2] == ["2-reject", "2 of 2", f"{kept} kept of 5 questions", "`questions.jsonl` (5)"]
+            assert stages[2] == ["2-reject", "2 of 2", f"{kept} kept of 5 questions", f"{4 / kept:.3g}", "`questions.jsonl` (5)"]
         shown = table(text, "Results")[1:]
         assert len(shown) == sum(map(len, results[label].values())) > 2
         for split, task, n, before, after in shown:
@@ -111,7 +111,7 @@ def test_a_card_of_a_run_without_tests_claims_no_results(base, flags, tmp_path):
     (data / "train" / "open.jsonl").write_bytes((base[1] / "grpo_data" / "train" / "open.jsonl").read_bytes())
     main([*flags, "--data", str(data), "--out", str(tmp_path / "run"), "--stages", "choice:1", "--skip_bad_rows"])
     text = (tmp_path / "run" / "stages" / "1-choice" / "README.md").read_text()
-    assert "Not evaluated" in text and table(text, "Training")[1][2:] == ["8", "`open.jsonl` (8)"]
+    assert "Not evaluated" in text and table(text, "Training")[1][2:] == ["12", "0.167", "`open.jsonl` (12)"]
 
 
 @pytest.mark.parametrize("name, hub", [

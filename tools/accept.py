@@ -54,6 +54,7 @@ def base_config(path, processor):
         raise UserError(f"{path}: its config.json makes no Qwen2.5-VL model: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(f"{path} is quantized, and quantized weights cannot be trained; name the checkpoint it was made of")
+    check_template(path, processor.tokenizer)
     vision, images, tokenizer = config.vision_config, processor.image_processor, processor.tokenizer
     wrong = {name: token for name, token in TOKENS.items()
              if getattr(config, name) != tokenizer.convert_tokens_to_ids(token)}

@@ -33,6 +33,7 @@ from engine import attach_attention, forbidden_bias, generate, pack
 from rewards import accuracy_reward, format_reward, quality_score
 from run import Run
 from tools.tiny import tiny_image, tiny_tokenizer
+from tools.terminal import terminal
 
 SIZES = {  # text hidden, intermediate, layers, heads, kv heads, vocabulary; vision hidden, intermediate, depth, heads
     "demo": (128, 384, 4, 4, 2, 1024, 128, 256, 2, 4),
@@ -535,4 +536,5 @@ def show(name, figures):
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

@@ -27,6 +27,7 @@ from data import FORMS, Example, derive, derive_all, find_files, training_forms
 from distributed import UserError
 from tasks import TASKS, truth_of
 from tools.numerals import parse_number
+from tools.terminal import terminal
 
 WARN = 0.10      # above chance
 MOST = 4000      # questions of a kind that are looked at
@@ -230,4 +231,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

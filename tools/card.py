@@ -26,8 +26,8 @@ vision-language models), after stage {number} of {total} of its run. Trained fro
 
 ## Training
 
-| stage | steps done | training rows | from |
-|---|---|---|---|
+| stage | steps done | training rows | passes over them | from |
+|---|---|---|---|---|
 {stages}
 
 RL stages (binary, choice, open) use GRPO; sft and reject are supervised, reject on the model's own best-judged answers.
@@ -102,22 +102,24 @@ def front_matter(hub):
                       "- grpo", "- qwen2_5_vl", "# license: yours to choose, as far as base model and data allow"])
 
 
-def trained_on(run, stage):
-    """(number of rows, names of their files) of a stage."""
+def trained_on(run, stage, steps):
+    """(number of rows, passes of `steps` steps over them, names of their files) of a stage."""
     rows = run.examples.get(stage.name, [])
-    count = str(len(rows))
+    count = len(rows)
     if stage.name == "reject":
         rows, kept = run.questions, run.out / f"rejected-{stage.index + 1}.jsonl"
-        count = f"{len(read_jsonl(kept))} kept of {len(rows)} questions"
+        count = len(read_jsonl(kept))
     files = Counter(Path(example.where.rpartition(":")[0]).name for example in rows)
-    return count, ", ".join(f"{code(file)} ({n})" for file, n in files.items())
+    told = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
+    passes = steps * (run.cfg.prompts_per_step if stage.forms else run.cfg.sft_batch) / max(1, count)
+    return told, f"{passes:.3g}", ", ".join(f"{code(file)} ({n})" for file, n in files.items())
 
 
 def stage_table(run, last):
     """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
     logged = [row["stage_index"] for row in read_jsonl(run.out / "metrics.jsonl")]
     return "\n".join(" | ".join([f"| {stage.label}", f"{logged.count(stage.index)} of {stage.steps}",
-                                 *trained_on(run, stage)]) + " |" for stage in run.cfg.curriculum[:last.index + 1])
+                                 *trained_on(run, stage, logged.count(stage.index))]) + " |" for stage in run.cfg.curriculum[:last.index + 1])
 
 
 def setting_table(cfg):

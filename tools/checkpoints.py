@@ -4,6 +4,8 @@ A checkpoint is believed only if its state.json and every file that it names hav
 that is not is named, and the one before it is taken; the last of all is the base model.
 """
 
+import json
+import math
 from pathlib import Path
 
 from distributed import UserError, say
@@ -66,6 +68,9 @@ def take_back(run, path, state, changed):
     (run.out / "metrics.jsonl").unlink(missing_ok=True)
     if run.global_step:
         write_aside(run.out / "metrics.jsonl", (path / "metrics.jsonl").read_text())
+    samples = run.out / "samples.jsonl"
+    if samples.exists():
+        write_aside(samples, "".join(line for line in open(samples, errors="replace") if step_of(line) <= run.global_step))
     stages = state["stage"] + (not changed or state["stage_step"] > 0)  # whose kept answers are still right
     for file in run.out.glob("rejected-[0-9]*"):
         if int(file.name.split("-")[1].split(".")[0]) > stages:
@@ -73,6 +78,14 @@ def take_back(run, path, state, changed):
     run.results = whole_results(run, state)
     if run.results or (run.out / "results.json").exists():
         write_record(run.out / "results.json", {"rows": run.results})
+
+
+def step_of(line):
+    """The step that a line of samples.jsonl was written in; infinite for one that was cut."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def whole_results(run, state):

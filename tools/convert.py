@@ -38,6 +38,7 @@ from tools.doubts import family
 from tools.images import inspect_image, resolve_image
 from tools.layout import declared_tasks, read_rows, task_of
 from tools.shapes import BOX, bare, one_row
+from tools.terminal import terminal
 
 # ---- Choosing and writing ----
 
@@ -250,4 +251,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

@@ -1,12 +1,15 @@
-"""What is probably not meant in a data set: counted and told, a sentence each, where no single row can be refused."""
+"""What is probably not meant, in data or settings: told, a sentence each, where nothing can be refused."""
 
 import os
 import re
 
 from answers import parse_letters
+from distributed import say
 from tasks import TASKS, truth_of
 from tools.numerals import elements, parse_number
 from tools.shapes import BOX
+
+WINDOW = 50     # steps that --advance_at looks at
 
 
 def box_convention(boxes) -> str:
@@ -63,6 +66,54 @@ def between(train, tests) -> list[str]:
         if known := sum(family(image) in shown for image in pictures):
             found.append(f"test {split}: {known} of {len(pictures)} images, or versions of them, are training images")
     return found
+
+
+def of_a_run(cfg, examples: dict) -> list[str]:
+    """Sentences about settings that can hardly be meant, given {stage name: its examples}."""
+    found = []
+    for stage in cfg.curriculum:
+        count, batch = len(examples.get(stage.name, ())), cfg.prompts_per_step if stage.forms else cfg.sft_batch
+        answers = len({truth_of(example) for example in examples.get(stage.name, ())})
+        if count and (passes := stage.steps * batch / count) > (50 if stage.forms else 10):
+            found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} passes over {count} "
+                         f"examples, which have {answers} different answers")
+        if cfg.warmup_steps >= stage.steps:
+            found.append(f"stage {stage.label} ends after {stage.steps} steps, within its --warmup_steps {cfg.warmup_steps}: "
+                         "it never takes a step at its learning rate")
+        if cfg.advance_at and stage.forms and stage.steps <= WINDOW:
+            found.append(f"stage {stage.label}: --advance_at looks at {WINDOW} steps, so it cannot end {stage.steps} early")
+    return found
+
+
+class Watch:
+    """Says why nothing seems to be learned, each reason once a stage: called with each row of metrics.jsonl."""
+    STEPS = 20
+
+    def __init__(self):
+        self.stage, self.rows, self.told = None, [], set()
+
+    def __call__(self, cfg, row) -> None:
+        if row["stage_index"] != self.stage:
+            self.__init__()
+            self.stage = row["stage_index"]
+        self.rows = (self.rows + [row])[-self.STEPS:]
+        if "reward" not in row or len(self.rows) < self.STEPS:
+            return
+        mean = {name: sum(row[name] for row in self.rows) / self.STEPS
+                for name in ("reward", "truncated", "equal_groups", "reward/format")}
+        last = f"{row['stage']}, the last {self.STEPS} steps:"
+        for name, sign, sentence in (
+                ("truncated", mean["truncated"] > 0.5,
+                 f"{mean['truncated']:.0%} of the completions were cut before their end; raise --max_completion_length "
+                 f"{cfg.max_completion_length}, or start from a model that says less"),
+                ("reward", mean["reward"] == 0, "every reward was 0, so there is nothing to learn from; look at samples.jsonl, "
+                 "and begin with an easier form or with a model that answers in the format"),
+                ("equal", mean["reward"] > 0 and mean["equal_groups"] > 0.9,
+                 f"in {mean['equal_groups']:.0%} of the groups all rewards were equal, and these teach nothing; ask harder "
+                 "questions if they are all right, else easier ones, or raise --num_generations or --temperature")):
+            if sign and name not in self.told:
+                say(f"{last} {sentence}")
+                self.told.add(name)
 
 
 def same(example) -> tuple:

@@ -103,6 +103,8 @@ def check_out(cfg, made=None):
     """
     out, file = Path(cfg.out), Path(cfg.out) / "config.json"
     record = json.loads(json.dumps({**dataclasses.asdict(cfg), "made_of": made, "changes": []}))
+    if blocked := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"--out {out} cannot be a directory: {blocked} is a file")
     if not file.exists():
         there = [path.name for path in out.iterdir()] if out.exists() else []
         if any(not name.startswith(".writing-") for name in there):  # which a start that was killed may leave

@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 
 from data import Example
 from distributed import UserError, one_line
-from rewards import quality_score
+from rewards import paid, quality_score
 
 PROMPT = ("Score the answer from 0 to 100 for accuracy (does it agree with the reference?), logical consistency, "
           "format compliance (<think>..</think><answer>..</answer>) and fluency. A wrong answer scores 85 at most. Text "
@@ -51,7 +51,7 @@ class Judge:
 
     def __call__(self, completion, example):
         if not self.url:
-            return quality_score(completion, example)
+            return paid(quality_score, completion, example)
         score = None if self.missing >= GIVE_UP or self.stopping else self._score(completion, example)
         self.missing = self.missing + 1 if score is None else 0
         return score

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import math
+import os
 import sys
 import weakref
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import distributed
 import engine
 from data import Prompt
 from distributed import UserError, say
+from tools.terminal import terminal
 
 OVERHEAD = 2**30  # bytes: CUDA's context, cuBLAS's workspaces, captured decode steps and their pool. Estimated
 CHUNK = 2**26     # numbers in a chunk of logits (engine.SelectedLogps) and of masters (distributed.ShardedAdamW)
@@ -95,8 +97,15 @@ def check_memory(needed, cfg, say=say):
     """Say what a run will need per GPU; UserError where weights, gradients and optimizer alone cannot fit."""
     parts = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items() if size > 2**27)
     say(f"memory per process, estimated: {peak(needed, cfg) / 2**30:.1f} GiB ({parts or 'all small'})")
+    cuda = torch.cuda.is_available()
+    there = torch.cuda.get_device_properties(0).total_memory if cuda else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if peak(needed, cfg) > 1.5 * there:     # an estimate: what is near is tried
+        raise UserError(f"the run needs about {peak(needed, cfg) / 2**30:,.0f} GiB in each process, {max(needed, key=needed.get)} "
+                        f"most of it, and there are {there / 2**30:,.0f}: lower --max_rows, --micro_batch, --max_completion_length "
+                        "or --max_pixels, or add --checkpoint_activations")
     fixed = OVERHEAD + sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
-    if torch.cuda.is_available() and fixed > (there := torch.cuda.get_device_properties(0).total_memory):
+    if cuda and fixed > there:
         raise UserError(f"weights, gradients, reference, optimizer and CUDA need {fixed / 2**30:.1f} GiB on each GPU, "
                         f"which has {there / 2**30:.1f}: use --offload, more GPUs (the optimizer is shared among "
                         "them), --freeze_vision or --beta 0")
@@ -295,4 +304,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

@@ -29,6 +29,7 @@ from run import Run
 from sample import read_jsonl
 from tasks import TASKS, truth_of
 from tools.pictures import GREEN, GREY, INK, LINE, RED, Canvas, pale, printable, save, text_width, view, wrap
+from tools.terminal import terminal
 
 WIDTH, LEFT, BLUE = 1280, 330, "#2f6fb2"
 
@@ -269,4 +270,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

@@ -11,6 +11,7 @@ from data import derive, find_files, load_examples
 from distributed import UserError
 from tasks import truth_of
 from tools.pictures import GREEN, GREY, INK, Canvas, pale, save, view, wrap
+from tools.terminal import terminal
 
 WIDTH, HEIGHT, CARD, SIZE = 1560, 506, 132, 19
 BLUE, ORANGE, TEAL = "#2f6fb2", "#e07b00", "#159a72"
@@ -119,4 +120,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

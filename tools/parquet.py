@@ -18,6 +18,7 @@ from pathlib import Path
 
 from distributed import UserError
 from tools.images import opened
+from tools.terminal import terminal
 
 
 def parquet_rows(files):
@@ -96,4 +97,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

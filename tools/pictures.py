@@ -25,6 +25,7 @@ from answers import extract_answer, parse_boxes
 from data import FORMS, derive_all, find_files, load_examples, load_image, training_forms
 from distributed import UserError
 from tasks import TASKS
+from tools.terminal import terminal
 
 SCALE = 2
 INK, GREY, LINE, PAGE = "#1f2933", "#6b7682", "#dde2e7", "#f1f3f5"
@@ -557,4 +558,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with terminal():
+        sys.exit(main())

@@ -35,6 +35,7 @@ from data import load_examples
 from engine import load_policy, pack, packed_hidden
 from run import Run, latest_checkpoint
 from tools.tiny import SPECIAL, SPLIT, TEMPLATE, tiny_data, tiny_tokenizer  # noqa: E402
+from tools.terminal import terminal
 
 # config.json, generation_config.json, preprocessor_config.json and tokenizer_config.json of
 # Qwen/Qwen2.5-VL-3B-Instruct, in the layout of their release (transformers 4: text settings lie flat)
@@ -325,4 +326,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()
