@@ -31,14 +31,14 @@ def processes(group):
     return [int(word) for word in subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()]
 
 
-def attack(start, rng, kills, patience=10.0, whole_group=False):
-    """Kill up to `kills` lives of the run that start(flags) begins, then let one finish; returns the number of lives.
+def attack(start, rng, kills, patience=6.0, whole_group=False):
+    """Kill up to `kills` lives of the run that start(resume) begins, then let one finish; returns the number of lives.
 
-    start: flags (() or ("--resume",)) -> subprocess.Popen in a session of its own. RuntimeError for a traceback, for a
+    start: whether to resume -> subprocess.Popen in a session of its own. RuntimeError for a traceback, for a
     life that fails by itself, and for processes that stay behind.
     """
     for life in range(1, kills + 2):
-        process = start(() if life == 1 else ("--resume",))
+        process = start(life > 1)
         number, said = None, ""
         try:
             if life <= kills:
@@ -60,6 +60,11 @@ def attack(start, rng, kills, patience=10.0, whole_group=False):
     return kills + 1
 
 
+def resumed(out, resume):
+    """["--resume"] where a run was begun: the first life may have ended before that."""
+    return ["--resume"] if resume and (Path(out) / "config.json").exists() else []
+
+
 def fingerprint(out):
     """What a finished run comes to: {file: digest}, timings left out."""
     found = {}
@@ -67,8 +72,8 @@ def fingerprint(out):
         if file.name == "metrics.jsonl" and file.parent == Path(out):
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             found[file.name] = str([{k: v for k, v in row.items() if "second" not in k} for row in rows])
-        elif file.suffix in (".safetensors", ".jsonl") and "checkpoints" not in file.parts and file.parent.parent != Path(out) / "stages" \
-                or file.name in ("model.safetensors", "results.json") and "checkpoints" not in file.parts:
+        elif "checkpoints" not in file.parts and (file.name == "results.json" or file.suffix in (".safetensors", ".jsonl")) \
+                and file.name != "metrics.jsonl":
             found[str(file.relative_to(out))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
@@ -90,7 +95,7 @@ def main(argv=None):
     def start(out, resume):
         launcher = [sys.executable] if args.ranks == 1 else [
             sys.executable, "-m", "tools.launch", "--standalone", "--nproc_per_node", str(args.ranks)]
-        return subprocess.Popen([*launcher, "currreft.py", *map(str, flags), "--out", str(out), *resume], cwd=ROOT, text=True,
+        return subprocess.Popen([*launcher, "currreft.py", *map(str, flags), "--out", str(out), *resumed(out, resume)], cwd=ROOT, text=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
     attack(lambda resume: start(folder / "whole", resume), rng, 0)

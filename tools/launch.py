@@ -1,7 +1,8 @@
-"""torchrun, without its own traceback after the sentence of a rank that failed; exits with that rank's code."""
+"""torchrun, without its own traceback after the sentence of a rank that failed, or after a signal; exits with its code."""
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -10,3 +11,5 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         sys.exit(abs(error.get_first_failure()[1].exitcode))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
