@@ -32,7 +32,7 @@ def extract_answer(text):
 # ---- Words, verdicts, letters, labels ----
 
 DRESS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("“", "”"),
-         ("'", "'"), *((rf"\{name}{{", "}") for name in ("boxed", "fbox", "text", "textbf", "mathrm", "mathbf", "mbox"))]
+         ("'", "'"), *((rf"\{name}{{", "}") for name in "boxed fbox text textbf mathrm mathbf mbox".split())]
 
 
 def undress(text, end=END):

@@ -27,6 +27,11 @@ N tokens of a packed row (engine.py), H hidden size, V vocabulary.
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...  # several
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback. `main` listens later
+
 import dataclasses
 import logging
 import re
@@ -462,8 +467,9 @@ def self_improve(run, stage, done):
         run.policy, run.processor, run.questions, kept, judge=Judge(cfg.judge_url, cfg.judge_model),
         samples=cfg.reject_samples, threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
         max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=signals.check)
-    say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of {cfg.sft_batch} are "
-        f"{stage.steps * cfg.sft_batch / max(1, count):.3g} passes over them")
+    passes = stage.steps * cfg.sft_batch / max(1, count)
+    say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of "
+        f"{cfg.sft_batch} are {passes:.3g} passes over them")
     if not count:
         raise RunError(f"{stage.name}: no answer scored above --reject_threshold {cfg.reject_threshold:g}, so there is "
                        "nothing to fine-tune on")

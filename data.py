@@ -131,8 +131,8 @@ class Processor:
             raise UserError(f"{path} is no Qwen2.5-VL checkpoint: its tokenizer lacks {', '.join(missing)}.")
         if hidden := [tag for tag in TAGS if tag not in tokenizer.decode(tokenizer(tag)["input_ids"], True)]:
             raise UserError(f"{path}: {' and '.join(hidden)} are special tokens of its tokenizer, which are left out "
-                            "of the text that rewards read. Make them ordinary ones (special: false in tokenizer.json and "
-                            "tokenizer_config.json)")
+                            "of the text that rewards read. Make them ordinary ones (special: false in tokenizer.json "
+                            "and tokenizer_config.json)")
         # Only now: a checkpoint's own min_pixels and max_pixels would win over a size given to the loader.
         most = max_pixels or image_processor.size["longest_edge"]
         image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": most}
@@ -546,7 +546,7 @@ def sets_of(rows: list[Lender], size: int, lent: int) -> tuple[list[list[Lender]
 
 
 def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -> list[Lender]:
-    """Of rows that are in no set, those to be asked all the same; says how many are not, and how many may be guessed."""
+    """Of rows in no set those to be asked all the same; says how many are not, and how many may be guessed."""
     alone = [row for row in rest if _has_options(row, form) or not any(map(row.could_take, _sample(row, rows, seed)))]
     surplus, saved = len(rest) - len(alone), len(rows) - len(rest)
     if surplus > max(3, 0.03 * len(rows)) and len(rows) > FEW and saved >= 0.1 * (saved + surplus):
@@ -554,8 +554,8 @@ def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -
             "frequent that they could be guessed")
         rest = alone
     if (bare := sum(not _has_options(row, form) for row in alone)) > max(FEW, 0.1 * len(rows)):
-        say(f"{form} {rows[0].example.task}: to {bare} of {len(rows)} rows no other row lends a wrong answer; theirs are "
-            "invented, which may give the right one away (python -m tools.blind tells)")
+        say(f"{form} {rows[0].example.task}: to {bare} of {len(rows)} rows no other row lends a wrong answer; theirs "
+            "are invented, which may give the right one away (python -m tools.blind tells)")
     return rest
 
 

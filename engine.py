@@ -26,8 +26,9 @@ from tools.accept import base_config, check_weights, first_line
 def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     """Read a Qwen2.5-VL directory or hub name; return (model in eval mode, processor).
 
-    dtype: torch.bfloat16 on CUDA and torch.float32 elsewhere unless given. max_pixels None: the checkpoint's own. Only safetensors are read and no code from
-    the checkpoint is run. UserError for what is not a whole Qwen2.5-VL checkpoint of finite floats (tools/accept.py).
+    dtype: torch.bfloat16 on CUDA and torch.float32 elsewhere unless given. max_pixels None: the checkpoint's own.
+    Only safetensors are read and no code from the checkpoint is run. UserError for what is not a whole Qwen2.5-VL
+    checkpoint of finite floats (tools/accept.py).
     """
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     processor = Processor.from_pretrained(path, max_pixels)

@@ -55,15 +55,15 @@ def format_reward(completion, example):
 
 
 def paid(reward, completion, example, **settings):
-    """reward(completion, example) as a finite float; RunError that names question and answer where a fork's gives none."""
+    """reward(completion, example) as a finite float; where a fork's gives none, RunError names question and answer."""
     try:
         value = float(reward(completion, example, **settings))
         problem = f"gives {value}" if not math.isfinite(value) else None
     except (Exception, SystemExit) as error:
         problem = f"raises {type(error).__name__}: {error}"
     if problem:
-        raise RunError(f"{reward.__name__} {problem} for the question {one_line(example.problem)!r} ({example.where}) and the "
-                       f"completion {one_line(completion)!r}. Mend it and continue with --resume")
+        raise RunError(f"{reward.__name__} {problem} for the question {one_line(example.problem)!r} ({example.where}) "
+                       f"and the completion {one_line(completion)!r}. Mend it and continue with --resume")
     return value
 
 

@@ -85,7 +85,7 @@ class Run:
             (enable or self.policy.gradient_checkpointing_enable)({"use_reentrant": False, "preserve_rng_state": False})
 
     def load_reference(self, stage, resumed=False):
-        """The KL reference of a stage, frozen: the policy at its start, or the base (--reference); none if beta is 0."""
+        """The KL reference of a stage, frozen: the policy at its start or the base (--reference); none if beta is 0."""
         if not self.cfg.beta:
             return
         if self.cfg.reference == "stage" and not resumed:
@@ -134,7 +134,8 @@ class Run:
             self.bad_in_a_row = 0
         else:
             self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
-            say(f"{stage.name}, step {step + 1}: the gradient is not finite, so the step is skipped ({self.skipped} so far)")
+            say(f"{stage.name}, step {step + 1}: the gradient is not finite, so the step is skipped "
+                f"({self.skipped} so far)")
         self.optimizer.zero_grad()
         if self.bad_in_a_row >= 5:
             raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a row. "
@@ -195,11 +196,13 @@ class Run:
         if step % self.cfg.sample_every == 0:
             example, completion = group.example, group.completions[0]
             if self.rank == 0:
-                parts = zip(group.completions, group.accuracy.tolist(), group.format.tolist(), group.advantages.tolist())
+                worth = zip(group.completions, *(
+                    values.tolist() for values in (group.accuracy, group.format, group.advantages)))
                 row = {"step": self.global_step + 1, "where": example.where, "form": example.form,
                        "problem": example.problem, "solution": example.solution, "images": example.images,
-                       "completions": [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy, "format": format,
-                                        "advantage": round(advantage, 4)} for o, accuracy, format, advantage in parts]}
+                       "completions": [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy,
+                                        "format": form, "advantage": round(advantage, 4)}
+                                       for o, accuracy, form, advantage in worth]}
                 with open(self.out / "samples.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
             say(f"--- {one_line(example.problem)}\n    truth {one_line(example.solution)}\n"
@@ -219,8 +222,8 @@ class Run:
 
     def way_back(self):
         """What to do when numbers have run away."""
-        return (f"The last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher --beta and "
-                "--allow_changes.")
+        return (f"The last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher --beta "
+                "and --allow_changes.")
 
     def save_within(self, stage, done):
         """A checkpoint to resume from after `done` steps of a stage, its optimizer included."""
@@ -230,8 +233,8 @@ class Run:
         """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens meanwhile."""
         path, aside = Path(path), Path(path).with_name(f".writing-{Path(path).name}")
         if bad := not_finite(self.policy):  # the same on every rank
-            raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are not saved. "
-                           f"{self.way_back()}")
+            raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are not "
+                           f"saved. {self.way_back()}")
         if self.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -245,8 +248,8 @@ class Run:
         if any(problem for problem, _ in shares):
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise RunError(f"{next(problem for problem, _ in shares if problem)}. Make room and continue with --resume; "
-                           f"the last complete checkpoint is {self.last_checkpoint()}.")
+            raise RunError(f"{next(problem for problem, _ in shares if problem)}. Make room and continue with "
+                           f"--resume; the last complete checkpoint is {self.last_checkpoint()}.")
         if self.rank == 0:
             write_record(aside / "state.json", {
                 "stage": stage_index, "stage_step": stage_step, "stages": self.cfg.stages,
@@ -273,11 +276,12 @@ class Run:
             shutil.copyfile(self.out / "metrics.jsonl", folder / "metrics.jsonl")
             mine += [file for file in folder.iterdir() if not file.name.startswith("optimizer-")]
         for file in mine:
+            file.chmod(0o644)  # safetensors lets nobody else read
             sync(file)
         return {file.name: digest(file) for file in mine}
 
     def rests_on(self, stage_index):
-        """{file of the run: digest} of what a checkpoint within a stage needs besides itself: kept answers, reference."""
+        """{file of the run: digest} of what a checkpoint within a stage needs besides: kept answers, reference."""
         files = {file.name: digest(file) for file in self.out.glob(f"rejected-{stage_index + 1}.jsonl")}
         if self.reference is not None and self.cfg.reference == "stage" and stage_index:
             folder = self.stage_dir(stage_index - 1)
@@ -288,7 +292,7 @@ class Run:
     # -- begin or continue --------------------------------------------------------------------------------------------
 
     def resume(self):
-        """Begin the run directory, or continue from its furthest whole checkpoint; returns (stage index, steps done in it).
+        """Begin the run directory or continue from its furthest whole checkpoint; returns (stage index, its steps done).
 
         UserError if --out cannot be begun or continued, if anything but HARMLESS settings is not as it was, or if the
         base model cannot be trained. Nothing is written before all of that is known.

@@ -315,7 +315,7 @@ def main(argv=None):
     for command, function in ((one, answer), (files, evaluate_files)):
         command.add_argument("--model", required=True, help="checkpoint directory or hub name")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's limit)")
+        command.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's)")
         command.add_argument("--max_completion_length", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
         command.add_argument("--top_p", type=float, default=1.0, help="sample from so much probability only")
@@ -329,6 +329,8 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"sample: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def compare(args):

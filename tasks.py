@@ -19,7 +19,8 @@ from answers import (extract_answer, iou, matched_iou, offered_letters, parse_bo
                      parse_verdict, words)
 from tools.numerals import same_math
 
-INSIDE = re.compile(r"(?<![\^_0-9.])(?<![\^_]\{)(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")     # a number: whole part, decimals
+INSIDE = re.compile(                        # a number: whole part, decimals
+    r"(?<![\^_0-9.])(?<![\^_]\{)(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")
 DIGITS = re.compile(r"(?<![\^_])(?<![\^_]\{)\d[\d,]*")      # of an exponent: none, cm^2 is never cm^3
 OPTION = re.compile(r"(?:^|[\s(])([A-H])[).:] {0,3}([^\n]{1,80}?)(?=\s*(?:\n|$|[\s(][A-H][).:]))")     # "(C) 145°"
 MAX_PROBLEM = 4000
@@ -28,8 +29,9 @@ VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "c
               "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
 
 SYNONYMS = {word: row.split()[0] for row in (
-    "sofa couch settee", "aeroplane airplane plane aircraft", "tv television", "motorbike motorcycle", "person man woman "
-    "people boy girl human", "car automobile", "bicycle bike", "cup mug", "phone cellphone smartphone") for word in row.split()}
+    "sofa couch settee", "aeroplane airplane plane aircraft", "tv television", "motorbike motorcycle", "bicycle bike",
+    "person man woman people boy girl human", "car automobile", "cup mug", "phone cellphone smartphone")
+    for word in row.split()}
 
 
 def truth_of(example):
@@ -135,7 +137,7 @@ def right_labels(example):
 
 
 def listed(example):
-    """({letters that a question lists}, the right one), if its true answer is one of them or its text; else (set(), "")."""
+    """({letters that a question lists}, the right one) if its truth is one of them or its text; else (set(), "")."""
     offered, truth = offered_letters(example.problem), truth_of(example)
     letters = parse_letters(truth) or set()
     if len(letters) == 1 < len(offered) and letters <= offered:
@@ -151,7 +153,7 @@ def right_answer(example):
 
 
 def wrong_answer(text, example):
-    """Whether a text could be mistaken for the answer and is wrong: another listed letter, the same with other numbers."""
+    """Whether a text could be taken for the answer and is wrong: another listed letter, the same with other numbers."""
     truth = truth_of(example)
     options, right = listed(example)
     if options:
@@ -167,7 +169,7 @@ def invent_answers(example, rng):
         return rng.sample(sorted(options), len(options))
     numbers = list(INSIDE.finditer(truth))
     if not numbers:
-        return {"yes": ["no"], "no": ["yes"], "Yes": ["No"], "No": ["Yes"]}.get(truth, [])  # the case gives nothing away
+        return {"yes": ["no"], "no": ["yes"], "Yes": ["No"], "No": ["Yes"]}.get(truth, [])  # case gives nothing away
     number = rng.choice(numbers)
     least = 0 if truth.isdigit() else 1                                     # a zero might divide, or read "-0"
     return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), least, rng)]
@@ -272,7 +274,8 @@ TASKS = {
         choose=lambda example: "Which of these are there?"),
     "math": Task(
         accuracy=math_accuracy, fault=math_fault,
-        rule=lambda example: "Answer with only the letter." if parse_letters(truth_of(example)) and listed(example)[0] else "",
+        rule=lambda example: "Answer with only the letter." if parse_letters(truth_of(example)) and listed(example)[0]
+        else "",
         right=right_answer, wrong=wrong_answer, invent=invent_answers),
     "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
 }

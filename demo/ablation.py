@@ -487,7 +487,7 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, nargs=3, default=(60, 60, 80), metavar=("BINARY", "CHOICE", "OPEN"),
                         help="steps of the curriculum's stages; every RL row takes their sum")
     parser.add_argument("--reject_steps", type=int, default=20)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run and report (default: all)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
     parser.add_argument("--base_seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="of the demo's worlds and base models; all rows run on the first")

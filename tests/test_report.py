@@ -153,6 +153,9 @@ class FakeTensorBoard:
     def add_scalar(self, name, value, step):
         self.scalars[name, step] = value
 
+    def add_text(self, name, text, step):
+        self.text = {name: text}
+
     def flush(self):
         pass
 
@@ -197,6 +200,7 @@ def test_tensorboard_gets_every_number_under_its_step_and_resume_goes_on_there(f
     main(run)
     (writer,) = tensorboard
     assert writer.log_dir == str(tmp_path / "run" / "tensorboard") and writer.purge_step == 1
+    assert "    num_generations: 2" in writer.text["settings"]
     for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
         for name, value in row.items():
             assert isinstance(value, str) or name == "step" or writer.scalars.pop((name, row["step"])) == value

@@ -2,8 +2,8 @@
 
     python -m tools.attack --kills 30 --ranks 2         # the demo-sized run of the tests; minutes
 
-Each life of the run is ended by SIGKILL, SIGTERM, SIGINT or SIGHUP, to the process, or with two ranks to one of them or to
-the launcher, after a random time; then the same command goes on with --resume, until one life reaches the end.
+Each life of the run is ended by SIGKILL, SIGTERM, SIGINT or SIGHUP, to the process, or with two ranks to all of them,
+after a random time; then the same command goes on with --resume, until one life reaches the end.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NUMBERS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 
 def processes(group):
     """Ids of the processes of a process group."""
-    return [int(word) for word in subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()]
+    return list(map(int, subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()))
 
 
 def attack(start, rng, kills, patience=6.0, whole_group=False):
@@ -72,8 +72,8 @@ def fingerprint(out):
         if file.name == "metrics.jsonl" and file.parent == Path(out):
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             found[file.name] = str([{k: v for k, v in row.items() if "second" not in k} for row in rows])
-        elif "checkpoints" not in file.parts and (file.name == "results.json" or file.suffix in (".safetensors", ".jsonl")) \
-                and file.name != "metrics.jsonl":
+        elif "checkpoints" not in file.parts and file.name != "metrics.jsonl" and (
+                file.name == "results.json" or file.suffix in (".safetensors", ".jsonl")):
             found[str(file.relative_to(out))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
@@ -95,17 +95,19 @@ def main(argv=None):
     def start(out, resume):
         launcher = [sys.executable] if args.ranks == 1 else [
             sys.executable, "-m", "tools.launch", "--standalone", "--nproc_per_node", str(args.ranks)]
-        return subprocess.Popen([*launcher, "currreft.py", *map(str, flags), "--out", str(out), *resumed(out, resume)], cwd=ROOT, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        words = [*launcher, "currreft.py", *map(str, flags), "--out", str(out), *resumed(out, resume)]
+        return subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     attack(lambda resume: start(folder / "whole", resume), rng, 0)
     expected, wrong = fingerprint(folder / "whole"), 0
     for number in range(args.runs):
-        lives = attack(lambda resume: start(folder / f"run{number}", resume), rng, args.kills, whole_group=args.ranks > 1)
-        found = fingerprint(folder / f"run{number}")
+        out = folder / f"run{number}"
+        lives = attack(lambda resume: start(out, resume), rng, args.kills, whole_group=args.ranks > 1)
+        found = fingerprint(out)
         different = [name for name in expected | found if expected.get(name) != found.get(name)]
         wrong += bool(different)
-        print(f"run {number}: {lives} lives, {'the same' if not different else 'DIFFERENT: ' + ', '.join(different)}", flush=True)
+        print(f"run {number}: {lives} lives, {'DIFFERENT: ' * bool(different)}{', '.join(different) or 'the same'}",
+              flush=True)
     shutil.rmtree(folder)
     return bool(wrong)
 

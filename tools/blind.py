@@ -168,7 +168,8 @@ def made_examples(kind, count=1500, seed=0):
         base = {"images": (f"{n}.jpg",), "size": size, "where": f"{kind}:{n}"}
         if kind == "angles":
             value = rng.choice([rng.randrange(5, 180, 5), rng.randrange(10, 170, 10), rng.randrange(1, 180)])
-            rows.append(Example(problem=f"What is the angle at {chr(65 + n % 7)}?", solution=f"{value}°", task="math", **base))
+            problem = f"What is the angle at {chr(65 + n % 7)}?"
+            rows.append(Example(problem=problem, solution=f"{value}°", task="math", **base))
             continue
         name = "face" if kind == "portraits" else rng.choices(list(CLASSES), OFTEN)[0]
         w, h, x, y = (0.8, 0.85, 0.5, 0.5) if kind == "portraits" else CLASSES[name]
@@ -181,7 +182,8 @@ def made_examples(kind, count=1500, seed=0):
         box = [min(max(v, 0.0), 1.0) for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2)]
         box = [round(v * size[i % 2]) for i, v in enumerate(box)]
         box = [box[0], box[1], max(box[2], box[0] + 2), max(box[3], box[1] + 2)]
-        rows.append(Example(problem=f"Where is the {name}?", solution=json.dumps([{"bbox_2d": box}]), task="detection", **base))
+        boxes = json.dumps([{"bbox_2d": box}])
+        rows.append(Example(problem=f"Where is the {name}?", solution=boxes, task="detection", **base))
         labels = {name} | set(rng.choices(list(CLASSES), OFTEN, k=rng.randrange(3)))
         rows.append(Example(problem="What is there?", solution=", ".join(sorted(labels)), task="classify", **base))
         counted = rng.choices([1, 2, 3, 4, 5, 6], (72, 12, 7, 4, 3, 2))[0]
@@ -221,8 +223,8 @@ def main(argv=None):
             print(made_table())
             return 0
         files = find_files(args.data)["train"]
-        forms = training_forms(files, [form for form in FORMS if files[form] or files["open"]], args.seed, task=args.task,
-                               image_root=args.image_root or args.data, skip_bad_rows=True)
+        forms = training_forms(files, [form for form in FORMS if files[form] or files["open"]], args.seed,
+                               task=args.task, image_root=args.image_root or args.data, skip_bad_rows=True)
         print("\n".join(blind_report([e for rows in forms.values() for e in rows])) or "too few questions to tell")
     except UserError as error:
         print(f"tools.blind: {error}", file=sys.stderr)

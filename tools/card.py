@@ -118,8 +118,9 @@ def trained_on(run, stage, steps):
 def stage_table(run, last):
     """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
     logged = [row["stage_index"] for row in read_jsonl(run.out / "metrics.jsonl")]
-    return "\n".join(" | ".join([f"| {stage.label}", f"{logged.count(stage.index)} of {stage.steps}",
-                                 *trained_on(run, stage, logged.count(stage.index))]) + " |" for stage in run.cfg.curriculum[:last.index + 1])
+    done = [(stage, logged.count(stage.index)) for stage in run.cfg.curriculum[:last.index + 1]]
+    return "\n".join(" | ".join([f"| {stage.label}", f"{steps} of {stage.steps}", *trained_on(run, stage, steps)]) + " |"
+                     for stage, steps in done)
 
 
 def setting_table(cfg):

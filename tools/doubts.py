@@ -78,10 +78,11 @@ def of_a_run(cfg, examples: dict) -> list[str]:
             found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} passes over {count} "
                          f"examples, which have {answers} different answers")
         if cfg.warmup_steps >= stage.steps:
-            found.append(f"stage {stage.label} ends after {stage.steps} steps, within its --warmup_steps {cfg.warmup_steps}: "
-                         "it never takes a step at its learning rate")
+            found.append(f"stage {stage.label} ends after {stage.steps} steps, within its --warmup_steps "
+                         f"{cfg.warmup_steps}: it never takes a step at its learning rate")
         if cfg.advance_at and stage.forms and stage.steps <= WINDOW:
-            found.append(f"stage {stage.label}: --advance_at looks at {WINDOW} steps, so it cannot end {stage.steps} early")
+            found.append(f"stage {stage.label}: --advance_at looks at {WINDOW} steps, so it cannot end {stage.steps} "
+                         "early")
     return found
 
 

@@ -1,6 +1,10 @@
 """torchrun, without its own traceback after the sentence of a rank that failed, or after a signal; exits with its code."""
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback. torchrun listens later
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -128,8 +128,8 @@ def declared_tasks(text) -> dict:
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}
     """
-    words = map("=".join, text.items()) if isinstance(text, dict) else [text or ""] if isinstance(text, str | None) else text
-    declared, text = {}, " ".join(words)
+    words = [text or ""] if isinstance(text, str | None) else text
+    declared, text = {}, " ".join(map("=".join, text.items()) if isinstance(text, dict) else words)
     for word in re.split(r"[\s,]+", text):
         name, _, task = word.rpartition("=")
         if word and (task not in TASKS or name.lower() in declared):

@@ -101,9 +101,9 @@ def check_memory(needed, cfg, say=say):
     there = torch.cuda.get_device_properties(0).total_memory if cuda else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if peak(needed, cfg) > 1.5 * there:     # an estimate: what is near is tried
-        raise UserError(f"the run needs about {peak(needed, cfg) / 2**30:,.0f} GiB in each process, {max(needed, key=needed.get)} "
-                        f"most of it, and there are {there / 2**30:,.0f}: lower --max_rows, --micro_batch, --max_completion_length "
-                        "or --max_pixels, or add --checkpoint_activations")
+        raise UserError(f"the run needs about {peak(needed, cfg) / 2**30:,.0f} GiB in each process, most of it for "
+                        f"{max(needed, key=needed.get)}, and there are {there / 2**30:,.0f}: lower --max_rows, --micro_batch, "
+                        "--max_completion_length or --max_pixels, or add --checkpoint_activations")
     fixed = OVERHEAD + sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
     if cuda and fixed > there:
         raise UserError(f"weights, gradients, reference, optimizer and CUDA need {fixed / 2**30:.1f} GiB on each GPU, "

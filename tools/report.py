@@ -63,6 +63,7 @@ class Reporter:
 def to_tensorboard(module, mark, settings, step):
     """A function that sends a row; what a killed process wrote beyond `step` is hidden."""
     writer = module.SummaryWriter(str(mark), purge_step=step + 1)
+    writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()), step)
 
     def send(row):
         for name, value in row.items():
