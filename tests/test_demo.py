@@ -143,6 +143,7 @@ def test_a_hasty_answer_to_an_open_question_never_scores(processor):
     assert 0.35 < sum(guessed) / len(guessed) < 0.65
 
 
+@pytest.mark.slow
 def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
     """A rare reasoning cannot be learned from -log p alone; and no careful thought begins like a hasty one."""
     rng = random.Random(7)

@@ -94,21 +94,21 @@ def logits(config, cfg, P, width):
 
 
 def check_memory(needed, cfg, say=say):
-    """Say what a run will need per GPU; UserError where weights, gradients and optimizer alone cannot fit."""
+    """Say what a run will need per process; UserError for what a GPU cannot hold, or memory not by far (an estimate)."""
     parts = " + ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items() if size > 2**27)
     say(f"memory per process, estimated: {peak(needed, cfg) / 2**30:.1f} GiB ({parts or 'all small'})")
     cuda = torch.cuda.is_available()
     there = torch.cuda.get_device_properties(0).total_memory if cuda else \
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if peak(needed, cfg) > 1.5 * there:     # an estimate: what is near is tried
-        raise UserError(f"the run needs about {peak(needed, cfg) / 2**30:,.0f} GiB in each process, most of it for "
-                        f"{max(needed, key=needed.get)}, and there are {there / 2**30:,.0f}: lower --max_rows, --micro_batch, "
-                        "--max_completion_length or --max_pixels, or add --checkpoint_activations")
     fixed = OVERHEAD + sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
     if cuda and fixed > there:
         raise UserError(f"weights, gradients, reference, optimizer and CUDA need {fixed / 2**30:.1f} GiB on each GPU, "
                         f"which has {there / 2**30:.1f}: use --offload, more GPUs (the optimizer is shared among "
                         "them), --freeze_vision or --beta 0")
+    if peak(needed, cfg) > 1.5 * there:     # what is near is tried
+        raise UserError(f"the run needs about {peak(needed, cfg) / 2**30:,.0f} GiB in each process, most of it for "
+                        f"{max(needed, key=needed.get)}, and there are {there / 2**30:,.0f}: lower --max_rows, "
+                        "--micro_batch, --max_completion_length or --max_pixels, or add --checkpoint_activations")
 
 
 # ---- Added up ----
