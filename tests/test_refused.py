@@ -232,7 +232,7 @@ BASES = {  # name: (what is done to a base, words of the sentence)
     "a template without the question": (
         template("{% for m in messages %}<|vision_start|><|image_pad|><|vision_end|>{% endfor %}x"), "chat template"),
     "a template that never ends": (
-        template("{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"), "seconds"),
+        template("{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"), "takes more than"),
     "a template of 2 GB": (template("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"), ""),
     "a template with a mistake": (template("{% for %}"), ""),
     "tags are special": (special, "special tokens"),
