@@ -298,8 +298,10 @@ def update(run, stage, step, groups):
 
     pi_old is the first update's own forward pass: the weights are still those that sampled, so rho is exactly 1 there.
     It and the reference are scored once, however many updates follow; "kl" and "clipped" are summed over all of them.
+    Without KL, groups whose rewards are all equal are left out: their gradient is exactly zero.
     """
-    cfg, sums, scored = run.cfg, Counter(), {}
+    cfg, sums, scored = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, scored=0), {}
+    groups = [group for group in groups if cfg.beta or group.advantages.any()]
     batches = [groups[i:i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)]
     packs = [run.pack([group.prompt for group in batch], [[o.tokens for o in group.completions] for group in batch])
              for batch in batches]
@@ -315,6 +317,7 @@ def update(run, stage, step, groups):
                 sampled = torch.cat([o.logps for group in batch for o in group.completions]).to(logp.device)
                 at_tokens = logp.detach().flatten()[packed.completion_slots]
                 sums["logp_gap"] += (at_tokens - sampled).abs().sum()
+                sums["scored"] += len(sampled)
             advantages = torch.cat([group.advantages for group in batch]).to(logp.device)  # (R,)
             loss, token_sums = grpo_loss(logp, *scored[m], advantages, packed.mask, cfg.beta, cfg.epsilon,
                                          cfg.prompts_per_step * cfg.num_generations)
@@ -322,7 +325,7 @@ def update(run, stage, step, groups):
             run.optimizer.collect()
             sums.update(token_sums)
         run.optimizer_step(stage, step, cfg.lr)
-    return {name: value.item() for name, value in sums.items()}
+    return {name: float(value) for name, value in sums.items()}
 
 
 def statistics(groups, sums):
@@ -339,7 +342,7 @@ def statistics(groups, sums):
         values[f"reward/accuracy/{task}"] = torch.cat([g.accuracy for g in groups if g.example.task == task])
     return {**{name: (value.double().sum().item(), value.numel()) for name, value in values.items()},
             "entropy": (sum(o.entropy.sum().item() for o in completions), tokens),
-            "logp_gap": (sums["logp_gap"], tokens),
+            "logp_gap": (sums["logp_gap"], sums["scored"]),
             "kl": (sums["kl"], sums["tokens"]), "clip_fraction": (sums["clipped"], sums["tokens"])}
 
 

@@ -16,7 +16,7 @@ import tools.convert as convert
 import tools.parquet as parquet
 import tools.pictures as pictures
 from answers import parse_boxes, parse_labels
-from data import answer_of, derive, derive_all, load_examples
+from data import answer_of, derive_all, load_examples
 from tasks import truth_boxes, truth_of
 
 

@@ -369,6 +369,38 @@ def test_the_reference_is_scored_once_however_many_updates(flags, tmp_path, monk
     assert sorted(map(scored.count, set(scored))) == [2, 6], "two micro-batches: the reference once, the policy three times"
 
 
+def test_without_kl_a_group_of_equal_rewards_costs_nothing_and_changes_nothing(flags, tmp_path, monkeypatch):
+    """Its gradient is exactly zero; the statistics are still those of all groups."""
+    scored, original = [], currreft.token_logps
+    monkeypatch.setattr(currreft, "accuracy_reward", lambda text, example, **_: (
+        0.5 if example.task == "math" else letters_reward(text)))
+
+    def counting(model, packed, *args):
+        scored.append(len(packed.mask))
+        return original(model, packed, *args)
+    monkeypatch.setattr(currreft, "token_logps", counting)
+    run = [*flags, "--stages", "open:3", "--beta", "0", "--prompts_per_step", "4", "--max_completion_length", "6"]
+    main([*run, "--out", str(tmp_path / "some")])
+    rows = metrics(tmp_path / "some")
+    equal = [round(4 * row["equal_groups"]) for row in rows]
+    assert sum(scored) == 4 * sum(4 - n for n in equal) and 0 < sum(equal) < 12
+    scored.clear()
+    monkeypatch.setattr(currreft, "group_advantages", lambda rewards: group_advantages(rewards) + 1e-30)  # none is left out
+    main([*run, "--out", str(tmp_path / "all")])
+    assert sum(scored) == 48
+    for a, b in zip(rows, metrics(tmp_path / "all"), strict=True):
+        assert {k: pytest.approx(v, rel=1e-4, abs=1e-6) if isinstance(v, float) and k != "logp_gap" else b[k]
+                for k, v in a.items()} == b
+    assert_same_weights(tmp_path / "some" / "stages" / "1-open", tmp_path / "all" / "stages" / "1-open", atol=1e-5, rtol=0)
+
+
+def test_a_step_whose_groups_are_all_equal_is_taken_all_the_same(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(currreft, "accuracy_reward", lambda *_, **__: 0.5)
+    monkeypatch.setattr(currreft, "format_reward", lambda *_, **__: 0.0)
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:2", "--beta", "0"])
+    assert [(row["grad_norm"], row["kl"], row["equal_groups"]) for row in metrics(tmp_path / "run")] == [(0, 0, 1)] * 2
+
+
 def test_several_updates_per_rollout_leave_the_old_policy_behind(flags, tmp_path):
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "open:1", "--updates_per_rollout", "3", "--lr", "3e-2"])
     (row,) = metrics(tmp_path / "run")

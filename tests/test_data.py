@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from transformers import AutoTokenizer
 
 import data
 import tasks
-from answers import iou, parse_boxes, parse_letters
+from answers import iou, parse_letters
 from data import Example, Processor, derive, load_examples
 from distributed import UserError
+from rewards import accuracy_reward, format_reward
 from tools.images import inspect_image
 from tools.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
 
@@ -425,3 +425,21 @@ def test_every_epoch_shows_every_example_once_and_resume_needs_no_state():
     assert stream[:7] != stream[7:14] and data.batch_indices(7, 3, 4, seed=1) == stream[12:15]
     assert sorted(data.batch_indices(2, 5, 0, seed=0)).count(0) in (2, 3)                    # more than there are
     assert data.batch_indices(7, 7, 0, seed=1) != data.batch_indices(7, 7, 0, seed=2)
+
+
+# ---- What supervised stages teach ----
+
+@pytest.mark.parametrize("task", ["detection", "classify", "math", "general"])
+def test_a_bare_truth_is_taught_within_tags_and_read_by_the_scorer_as_right(task):
+    """A stage never teaches a form of answer that earns nothing."""
+    bare = {"detection": "[28, 14, 84, 70]", "classify": "dog, cat", "math": "20/3", "general": "It is red."}[task]
+    for solution in (bare, f"<answer>{bare}</answer>", f"<think>So.</think><answer>{bare}</answer>"):
+        example = Example(problem="?", solution=solution, task=task, images=("a.png",), size=(280, 196))
+        text = data.taught(example)
+        assert accuracy_reward(text, example) == 1.0 and text.count("<answer>") == text.count("</answer>") == 1
+        assert text.startswith("<think>") == solution.startswith("<think>")
+
+
+def test_boxes_are_taught_as_the_prompt_asks_for_them():
+    example = Example(problem="?", solution="[[28, 14, 84, 70]]", task="detection", images=("a.png",), size=(280, 196))
+    assert format_reward(f"<think>there</think>{data.taught(example)}", example) == 1.0

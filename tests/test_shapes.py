@@ -5,7 +5,6 @@ import os
 from collections import Counter
 
 import pytest
-from PIL import Image
 
 import currreft
 import data
