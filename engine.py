@@ -323,53 +323,68 @@ class Completion:
 
 
 class Cache:
-    """Keys and values of every row at fixed addresses: (layers, rows, kv_heads, L, D)."""
+    """Keys and values at fixed addresses, each (layers, rows or groups, kv_heads, slots, D).
 
-    def __init__(self, model, rows, length):
+    tails: of every row; prompts: of every group, or None where each row's tail holds a copy of its prompt.
+    """
+
+    def __init__(self, model, groups, longest, rows, tail):
         text = model.config.text_config
         head = text.hidden_size // text.num_attention_heads
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, length, head)
-        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
-        self.prefill = []  # [(rows, start, stop)]: the rows that get tokens start:stop of the packed row being read
+
+        def pair(count, slots):
+            shape = (text.num_hidden_layers, count, text.num_key_value_heads, slots, head)
+            return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
+        self.tails, self.prompts = pair(rows, tail), pair(groups, longest) if groups else None
+        self.prefill = []  # [(group, or its rows, start, stop)]: who gets the tokens start:stop of the packed row
 
     def update(self, key, value, layer, *_, **__):
-        """Called by every attention layer during prefill: copies each prompt's keys and values to its rows."""
-        for rows, start, stop in self.prefill:
-            self.keys[layer, rows, :, :stop - start] = key[0, :, start:stop]
-            self.values[layer, rows, :, :stop - start] = value[0, :, start:stop]
+        """Called by every attention layer during prefill: copies each prompt's keys and values to where it is kept."""
+        for cache, new in zip(self.prompts or self.tails, (key, value)):
+            for place, start, stop in self.prefill:
+                cache[layer, place, :, :stop - start] = new[0, :, start:stop]
         return key, value
 
 
 class Engine:
     """Generates with `rows` completions in flight; a finished row makes room for the next prompt.
 
-    Each row holds its prompt in cache slots 0.. without padding, so rows of any length share a step. A row's random
-    numbers come from its own seed: a completion does not depend on which others share its batch.
+    Each row keeps its tokens in cache slots 0.. of its tail, without padding, so rows of any length share a step. Where
+    the prompts of groups are shared, each is kept once and its rows attend to it side by side; else every tail begins
+    with a copy. A row's random numbers come from its own seed: a completion does not depend on which others share its
+    batch.
     temperature 0 is greedy. top_p below 1 samples from the smallest set of tokens that holds that much probability.
     """
 
-    def __init__(self, model, processor, length, rows, max_new, temperature=1.0, top_p=1.0, capture=None):
-        device, self.settings = model.device, (rows, max_new, temperature, top_p)
+    def __init__(self, model, processor, prompt_length, rows, max_new, temperature=1.0, top_p=1.0, width=1,
+                 capture=None, shared=None):
+        device, self.settings = model.device, (rows, max_new, temperature, top_p, width)
         self.model, self.processor, self.max_new = model, processor, max_new
         self.temperature, self.top_p = temperature, top_p
         self.capture = device.type == "cuda" if capture is None else capture
         # Reading `done` stalls a GPU, and a captured step has a fixed number of slots: ask seldom, grow in large steps.
         self.stride, self.bucket = (16, 256) if device.type == "cuda" else (4, 16)
-        self.length = -(-length // self.bucket) * self.bucket
-        self.cache = Cache(model, rows, self.length)
+        self.shared = shares_prompts(device.type, prompt_length, rows, width) if shared is None else shared
+        self.longest = -(-prompt_length // self.bucket) * self.bucket
+        self.tail = -(-(max_new + self.longest * (not self.shared)) // self.bucket) * self.bucket
+        # A group keeps its prompt while its rows end one by one, so there may be more groups than full ones.
+        self.groups = 2 * rows // width if self.shared else rows
+        self.cache = Cache(model, self.groups * self.shared, self.longest, rows, self.tail)
         self.bias = forbidden_bias(model, processor)
         self.end_ids = torch.tensor(processor.end_ids, device=device)
-        self.rows, self.slots = torch.arange(rows, device=device), torch.arange(self.length, device=device)
+        self.rows, self.slots = (torch.arange(n, device=device) for n in (rows, self.longest + self.tail))
         # A rotation of x is x * cos + (x, its halves exchanged) * sin, with the sign of the exchange in the sine.
-        cos, sin = model.model.language_model.rotary_emb(self.cache.keys, self.slots.expand(3, 1, -1))  # (1, L, D)
+        cos, sin = model.model.language_model.rotary_emb(self.cache.tails[0], self.slots.expand(3, 1, -1))
         low, high = sin.chunk(2, -1)
-        self.cos, self.sin = cos[0, :, None], torch.cat([-low, high], -1)[0, :, None]  # (L, 1, D)
+        self.cos, self.sin = cos[0, :, None], torch.cat([-low, high], -1)[0, :, None]  # (P + T, 1, D)
         self.graphs, self.pool, self.side = {}, None, torch.cuda.Stream() if self.capture else None
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(*shape, dtype=dtype, device=device)
-        # A row that nobody owns is decoded all the same: its one slot of zeros keeps it finite.
-        self.prompt_length, self.offset, self.count = zeros(rows), zeros(rows), zeros(rows) + 1
+        # A row or group that nobody owns is computed all the same: its one slot of zeros keeps it finite.
+        self.group_length, self.first, self.end, self.count = zeros(self.groups) + 1, *zeros(2, rows), zeros(rows) + 1
+        # Who stands where: rows of a group are neighbours in a table of (groups, width) places.
+        self.row_at, self.place_of = zeros(self.groups * width), zeros(rows)
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         # One column more than is ever read: a finished row writes there, so that no step needs a condition.
         self.tokens = zeros(rows, max_new + 1)
@@ -377,19 +392,26 @@ class Engine:
 
     # -- one decode step: fixed memory, no host sync ------------------------------------------------------------------
 
-    def _decode(self, n, length):
-        """Feed the newest token of rows 0..n-1, sample the next one. The whole of it is one CUDA graph."""
-        rows, newest = self.rows[:n], self.count[:n] - 1
-        slot = self.prompt_length[:n] + newest
+    def _decode(self, n, T, groups=0, width=0, P=0):
+        """Feed the newest token of rows 0..n-1, sample the next one. The whole of it is one CUDA graph.
+
+        T, P: slots of tails and of shared prompts that are in use; these are groups 0..groups-1 of up to `width` rows.
+        """
+        rows, newest, cache = self.rows[:n], self.count[:n] - 1, self.cache
+        slot, position = self.first[:n] + newest, self.end[:n] + newest
         x = self.model.get_input_embeddings()(self.tokens[rows, newest])  # (n, H)
-        unseen = (self.slots[:length] > slot[:, None])[:, None, None]  # (n, 1, 1, L)
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)  # once, not once a layer
-        text, position = self.model.model.language_model, slot + self.offset[:n]
-        rotation = self.cos[position], self.sin[position]
+        seats = self.row_at[:groups * width].view(groups, width), self.place_of[:n]
+        unseen = self.slots[:T] > slot[:, None], self.slots[:P] >= self.group_length[:groups, None]
+        masks = [torch.zeros_like(u, dtype=x.dtype).masked_fill_(u, -torch.inf)[:, None, None] for u in unseen]
+        text, rotation = self.model.model.language_model, (self.cos[position], self.sin[position])
         for i, layer in enumerate(text.layers):
-            keys, values = self.cache.keys[i], self.cache.values[i]
-            q, keys[rows, :, slot], values[rows, :, slot] = qkv(layer, x, rotation)
-            x = x + attend_one(layer.self_attn, q, keys[:n, :, :length], values[:n, :, :length], mask)
+            q, *new = qkv(layer, x, rotation)
+            for tail, values in zip(cache.tails, new):
+                tail[i][rows, :, slot] = values
+            tail = [tail[i, :n, :, :T] for tail in cache.tails]
+            prompt = [prompt[i, :groups, :, :P] for prompt in cache.prompts or ()]
+            out = attend_shared(q, tail, prompt, masks, seats) if prompt else attend_one(q, *tail, masks[0])
+            x = x + layer.self_attn.o_proj(out.to(x.dtype))
             x = x + feed_forward(layer, x)
         self._sample(self.model.lm_head(rms_norm(text.norm, x)), rows)
 
@@ -405,36 +427,37 @@ class Engine:
         self.count[rows] = count = step + ~self.done[rows]
         self.done[rows] |= (token[:, None] == self.end_ids).any(1) | (count == self.max_new)
 
-    def step(self, n, length):
+    def step(self, *shape):
         """One decode step: replayed from a CUDA graph where there is one, recorded on first use."""
         if not self.capture:
-            return self._decode(n, length)
-        if (n, length) not in self.graphs:
+            return self._decode(*shape)
+        if shape not in self.graphs:
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):  # capture needs warm libraries: this first step is real, but eager
-                self._decode(n, length)
+                self._decode(*shape)
             torch.cuda.current_stream().wait_stream(self.side)
-            self.graphs[n, length] = graph = torch.cuda.CUDAGraph()
+            self.graphs[shape] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                self._decode(n, length)
+                self._decode(*shape)
             self.pool = graph.pool()
             return None
-        return self.graphs[n, length].replay()
+        return self.graphs[shape].replay()
 
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
-    def _admit(self, prompts, rows, seeds):
-        """Prefill prompts once each and start their completions: rows and seeds are a list for each prompt."""
+    def _admit(self, prompts, groups, rows, seeds):
+        """Prefill prompts once each, into `groups`, and start their completions: rows and seeds are a list for each."""
         packed = pack(self.model, prompts, [[] for _ in prompts]).to(self.model.device)
         starts = [0, *torch.tensor([len(p.input_ids) for p in prompts]).cumsum(0).tolist()]
         index = [torch.tensor(r, device=self.model.device) for r in rows]
-        self.cache.prefill = list(zip(index, starts, starts[1:]))
+        self.cache.prefill = list(zip(groups if self.shared else index, starts, starts[1:]))
         hidden = packed_hidden(self.model, packed, self.cache)
         flat = torch.cat(index)
         owner = torch.tensor([b for b, r in enumerate(rows) for _ in r], device=self.model.device)
         lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.model.device)
         ends = torch.tensor([int(prompt_positions(self.model, p).max()) + 1 for p in prompts], device=self.model.device)
-        self.prompt_length[flat], self.offset[flat] = lengths[owner], (ends - lengths)[owner]
+        self.group_length[torch.tensor(groups, device=self.model.device)] = lengths
+        self.end[flat], self.first[flat] = ends[owner], lengths[owner] * (not self.shared)
         self.count[flat], self.done[flat] = 0, False
         if self.temperature:
             self.uniform[flat] = torch.stack([
@@ -452,35 +475,60 @@ class Engine:
         results = [[None] * len(s) for s in seeds]
         waiting = deque(range(len(prompts)))
         owner = [None] * len(self.rows)  # row -> (prompt number, sample number)
-        n = len(self.rows)
+        home = {}                        # prompt number -> its group
+        n, seated = len(self.rows), None
         while waiting or any(owner):
             free = [row for row in range(n) if owner[row] is None]
             # Prefill in batches: wait until a quarter of the rows is free, unless nothing is left to do meanwhile.
             if waiting and (4 * len(free) >= n or len(free) == n):
-                self._fill(prompts, lengths, seeds, waiting, free, owner)
-            if not waiting:
-                n = self._compact(owner, n)
-            reach = int((self.prompt_length + self.count)[:n].max()) + self.stride
-            length = min(-(-reach // self.bucket) * self.bucket, self.length)
+                self._fill(prompts, lengths, seeds, waiting, free, owner, home)
+                seated = None
+            if not waiting and (fewer := self._compact(owner, n)) < n:
+                n, seated = fewer, None
+            seated = seated or self._seat(owner, home, n)
+            reach = int((self.first + self.count)[:n].max()) + self.stride
+            T, P = (min(-(-used // self.bucket) * self.bucket, most) for used, most in (
+                (reach, self.tail), (max(lengths[number] for number in home), self.longest)))
             for _ in range(self.stride):
-                self.step(n, length)
+                self.step(n, T, *(*seated, P) if self.shared else ())
             self._harvest(results, owner, n, on_finish)
+            for number in home.keys() - {which[0] for which in owner if which}:
+                del home[number]
         return results
 
-    def _fill(self, prompts, lengths, seeds, waiting, free, owner, token_budget=16_384):
+    def _fill(self, prompts, lengths, seeds, waiting, free, owner, home, token_budget=16_384):
         """Move waiting prompts into free rows, packed into prefills of at most `token_budget` tokens."""
-        while waiting and len(seeds[waiting[0]]) <= len(free):
+        groups = sorted(set(range(self.groups)) - set(home.values()))
+        while waiting and groups and len(seeds[waiting[0]]) <= len(free):
             batch, budget = [], token_budget
-            while waiting and len(seeds[waiting[0]]) <= len(free):
+            while waiting and groups and len(seeds[waiting[0]]) <= len(free):
                 budget -= lengths[waiting[0]]
                 if batch and budget < 0:
                     break
                 number = waiting.popleft()
+                home[number] = groups.pop(0)
                 batch.append((number, [free.pop(0) for _ in seeds[number]]))
-            self._admit([prompts[i] for i, _ in batch], [rows for _, rows in batch], [seeds[i] for i, _ in batch])
+            numbers = [number for number, _ in batch]
+            self._admit([prompts[i] for i in numbers], [home[i] for i in numbers], [rows for _, rows in batch],
+                        [seeds[i] for i in numbers])
             for number, rows in batch:
                 for sample, row in enumerate(rows):
                     owner[row] = number, sample
+
+    def _seat(self, owner, home, n):
+        """Give rows of one group neighbouring places; returns (groups, width): how large a table they take."""
+        members = {}
+        for row in range(n):
+            if owner[row] is not None:
+                members.setdefault(home[owner[row][0]], []).append(row)
+        groups, width = max(members) + 1, max(map(len, members.values()))
+        row_at, place_of = [0] * (groups * width), [0] * n  # places without a row repeat row 0's query, unread
+        for group, rows in members.items():
+            for place, row in enumerate(rows, group * width):
+                row_at[place], place_of[row] = row, place
+        self.row_at[:groups * width] = torch.tensor(row_at, device=self.row_at.device)
+        self.place_of[:n] = torch.tensor(place_of, device=self.row_at.device)
+        return groups, width
 
     def _harvest(self, results, owner, n, on_finish):
         """Collect rows that have ended and free them: the one place where the host waits for the device."""
@@ -506,13 +554,12 @@ class Engine:
         while n > 1 and 2 * len(live) <= n:
             n //= 2
         keep = live + [row for row in range(len(owner)) if owner[row] is None][:n - len(live)]
-        for state in (self.prompt_length, self.offset, self.count, self.done, self.tokens, self.logps, self.entropy,
-                      self.uniform):
+        for state in (self.first, self.end, self.count, self.done, self.tokens, self.logps, self.entropy, self.uniform):
             state[:n] = state[keep]
-        used = int((self.prompt_length + self.count)[:n].max())
-        for layer in range(len(self.cache.keys)):  # a layer at a time: the copy stays small
-            for cache in (self.cache.keys[layer], self.cache.values[layer]):
-                cache[:n, :, :used] = cache[keep, :, :used]
+        used = int((self.first + self.count)[:n].max())
+        for tails in self.cache.tails:
+            for tail in tails:  # a layer at a time: the copy stays small
+                tail[:n, :, :used] = tail[keep, :, :used]
         owner[:] = [owner[row] for row in live] + [None] * (len(owner) - len(live))
         return n
 
@@ -540,11 +587,53 @@ def qkv(layer, x, rotation):
     return heads[:, :q.shape[1]], heads[:, q.shape[1]:], v
 
 
-def attend_one(attention, q, keys, values, mask):
-    """Attention of one query a row over its cache (n, kv_heads, L, D): heads that share keys are rows of one query."""
-    n, kv_heads = keys.shape[:2]
-    out = F.scaled_dot_product_attention(q.view(n, kv_heads, -1, q.shape[-1]), keys, values, mask)
-    return attention.o_proj(out.reshape(n, -1))
+def shares_prompts(device_type, prompt_length, rows, width):
+    """Whether rows of a group, `width` of them, read their prompt together: fewer bytes, more kernels.
+
+    On a CPU it is measured to pay from 250 tokens times 32 rows on. On a GPU, by 12 more kernels a layer against the
+    bytes of a 3B model, from 1,500 tokens times 64 rows on: estimated, not run.
+    """
+    return width > 1 and prompt_length * rows > (8_000 if device_type == "cpu" else 100_000)
+
+
+def attend_one(q, keys, values, mask):
+    """Attention of one query a row over its tail (n, kv_heads, T, D): heads that share keys are rows of one query."""
+    q = q.unflatten(1, (keys.shape[1], -1))
+    return F.scaled_dot_product_attention(q, keys, values, mask).flatten(1)
+
+
+def attend_shared(q, tail, prompt, masks, seats):
+    """Attention of one query a row (n, heads, D) over its tail and its group's prompt: (n, heads * D) float32.
+
+    tail, prompt: keys and values, (n, kv_heads, T, D) and (groups, kv_heads, P, D). A prompt is read once for its
+    group: queries of its rows, and of heads that share keys, are lines of one product. The two softmaxes become one
+    by their sums.
+    """
+    (row_at, place_of), D = seats, q.shape[-1]
+    q = q.unflatten(1, (tail[0].shape[1], -1))         # (n, kv_heads, repeats, D)
+    lines = q[row_at].transpose(1, 2).flatten(2, 3)    # (groups, kv_heads, width * repeats, D)
+    of_prompt = partial_attention(lines, *prompt, masks[1]).unflatten(2, (row_at.shape[1], -1))
+    of_prompt = of_prompt.transpose(1, 2).flatten(0, 1)[place_of]  # (n, kv_heads, repeats, D + 2)
+    (a, a_top, a_sum), (b, b_top, b_sum) = (
+        part.split([D, 1, 1], -1) for part in (of_prompt, partial_attention(q, *tail, masks[0])))
+    top = torch.maximum(a_top, b_top)
+    a_share, b_share = (a_top - top).exp_(), (b_top - top).exp_()
+    return ((a * a_share + b * b_share) / (a_sum * a_share + b_sum * b_share)).flatten(1)
+
+
+def partial_attention(q, keys, values, mask):
+    """sum_k e^(s_k - top) v_k, top = max_k s_k and sum_k e^(s_k - top) over a part of the keys: (.., D + 2) float32."""
+    scores = product(q, keys.mT).mul_(q.shape[-1]**-0.5).add_(mask)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return torch.cat([product(weights.to(values.dtype), values), top, weights.sum(-1, keepdim=True)], -1)
+
+
+def product(a, b):
+    """a @ b, summed and returned in float32 as attention kernels do: bfloat16 scores would lose their last digits."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return a.float() @ b.float()
 
 
 def feed_forward(layer, x):
@@ -597,10 +686,9 @@ def generate(model, processor, prompts, num_generations=1, max_completion_length
         seeds = [[i * num_generations + g for g in range(num_generations)] for i in range(len(prompts))]
     rows = max(num_generations, min(max_rows, num_generations * len(prompts)))
     lengths = prompts.lengths() if isinstance(prompts, Prompts) else [len(p.input_ids) for p in prompts]
-    length = max(lengths) + max_completion_length
-    settings = (rows, max_completion_length, temperature, top_p)
+    settings = (rows, max_completion_length, temperature, top_p, num_generations)
     engine = getattr(model, "engine", None)  # its cache and graphs serve every later call alike
-    if engine is None or engine.settings != settings or engine.length < length:
+    if engine is None or engine.settings != settings or engine.longest < max(lengths):
         engine = model.engine = None  # free the old cache before the new one is made
-        engine = model.engine = Engine(model, processor, length, *settings)
+        engine = model.engine = Engine(model, processor, max(lengths), *settings)
     return engine.run(prompts, lengths, seeds, on_finish)

@@ -19,6 +19,14 @@ from engine import forbidden_bias, generate, inverse_cdf, load_policy, pack
 LENGTHS = [[3, 7], [5, 1], [9, 9], [2, 4]]  # completions of different lengths, one of them a single token
 
 
+@pytest.fixture(params=["shared", "copied"], autouse=True)
+def prompts_are(request, monkeypatch, world):
+    """Both ways to keep a group's prompt, whatever the rule would choose for prompts as short as these."""
+    world[0].engine = None
+    monkeypatch.setattr(engine, "shares_prompts", lambda *numbers: request.param == "shared" and numbers[-1] > 1)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny checkpoint whose weights are large enough for its answers to depend on what it sees."""
@@ -223,10 +231,10 @@ def test_a_decode_step_never_waits_for_its_numbers(world, temperature, top_p):
             return function(*args, **(kwargs or {}))
     generate(policy, processor, prompts, 2, 4, temperature, top_p)
     decoder = policy.engine
-    fixed = [decoder.cache.keys, decoder.cache.values, decoder.tokens, decoder.logps, decoder.count, decoder.done]
+    fixed = [*decoder.cache.tails, *(decoder.cache.prompts or ()), decoder.tokens, decoder.logps, decoder.count, decoder.done]
     before = [t.data_ptr() for t in fixed]
     with torch.no_grad(), Record():
-        decoder.step(4, decoder.length)
+        decoder.step(4, decoder.tail, *((2, 2, decoder.longest) if decoder.shared else ()))
     assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "repeat_interleave"}
     assert [t.data_ptr() for t in fixed] == before
     assert {"index_put_", "cumsum" if temperature else "argmax"} <= called, "the recorder must see the step"
@@ -268,7 +276,7 @@ class PretendedGraph:
 
     def state(self):
         d = self.decoder
-        return d.cache.keys, d.cache.values, d.tokens, d.logps, d.entropy, d.count, d.done
+        return *d.cache.tails, *(d.cache.prompts or ()), d.tokens, d.logps, d.entropy, d.count, d.done
 
     def replay(self):
         self.decoder._decode(*next(key for key, graph in self.decoder.graphs.items() if graph is self))
@@ -282,8 +290,8 @@ def test_captured_steps_lose_and_double_none(world, monkeypatch):
     policy, processor, _, prompts = world
     lengths = [len(p.input_ids) for p in prompts]
     seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
-    eager = engine.Engine(policy, processor, max(lengths) + 40, 8, 40, capture=False).run(prompts, lengths, seeds)
-    captured = engine.Engine(policy, processor, max(lengths) + 40, 8, 40, capture=False)
+    eager = engine.Engine(policy, processor, max(lengths), 8, 40, width=4, capture=False).run(prompts, lengths, seeds)
+    captured = engine.Engine(policy, processor, max(lengths), 8, 40, width=4, capture=False)
     captured.capture, captured.side = True, contextlib.nullcontext()
     captured.side.wait_stream = lambda _: None
     current = types.SimpleNamespace(wait_stream=lambda _: None)
@@ -409,7 +417,7 @@ def test_the_captured_step_samples_what_the_eager_one_samples(checkpoint, world)
     lengths = [len(p.input_ids) for p in prompts]
     seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
     captured, eager = (
-        engine.Engine(policy, processor, max(lengths) + 40, 16, 40, capture=c).run(prompts, lengths, seeds)
+        engine.Engine(policy, processor, max(lengths), 16, 40, width=4, capture=c).run(prompts, lengths, seeds)
         for c in (True, False))
     assert [[o.tokens for o in g] for g in captured] == [[o.tokens for o in g] for g in eager]
 
@@ -417,3 +425,67 @@ def test_the_captured_step_samples_what_the_eager_one_samples(checkpoint, world)
 def test_generate_needs_no_prompts(world):
     policy, processor, _, _ = world
     assert generate(policy, processor, [], 4) == []
+
+
+# ---- One prompt for a group, in decoding ----
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_shared_and_copied_prompts_give_the_same_completions(world, temperature):
+    """Prompts of mixed length, with and without images; refills while groups end row by row; compaction; short tails."""
+    policy, processor, _, prompts = world
+    prompts = [prompts[i % len(prompts)] for i in range(9)]
+    lengths, seeds = [len(p.input_ids) for p in prompts], [[10 * i + g for g in range(4)] for i in range(9)]
+    shared, copied = (engine.Engine(policy, processor, max(lengths), 12, 24, temperature, width=4, shared=flag)
+                      .run(prompts, lengths, seeds) for flag in (True, False))
+    for a, b in zip((o for group in shared for o in group), (o for group in copied for o in group), strict=True):
+        assert a.tokens == b.tokens
+        torch.testing.assert_close(a.logps, b.logps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_two_parts_is_that_in_one(dtype):
+    """Rows of three groups in any order, one of them alone, prompts of different length, one row that nobody owns."""
+    torch.manual_seed(0)
+    rows, kv_heads, repeats, D, P, T = 7, 2, 3, 16, 9, 5
+    group, lengths, counts = [1, 0, 1, 2, 0, 1, 1], torch.tensor([9, 4, 1]), torch.tensor([0, 4, 2, 1, 3, 0, 2])
+    q, tails, prompts = torch.randn(rows, kv_heads * repeats, D), torch.randn(2, rows, kv_heads, T, D), torch.randn(2, 3, kv_heads, P, D)
+    q, tails, prompts = q.to(dtype), tails.to(dtype), prompts.to(dtype)
+    places, row_at, place_of = {}, torch.zeros(3, 4, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+    for row, g in enumerate(group[:6]):
+        member = places[g] = places.get(g, -1) + 1
+        row_at[g, member], place_of[row] = row, 4 * g + member
+    unseen = [torch.arange(T) > counts[:, None], torch.arange(P) >= lengths[:, None]]
+    masks = [torch.zeros(u.shape, dtype=dtype).masked_fill_(u, -torch.inf)[:, None, None] for u in unseen]
+    found = engine.attend_shared(q, list(tails), list(prompts), masks, (row_at, place_of))
+    for row, g in enumerate(group[:6]):  # by one obvious softmax a row and head
+        for head in range(kv_heads * repeats):
+            keys, values = (torch.cat([prompts[i, g, head // repeats, :lengths[g]], tails[i, row, head // repeats, :counts[row] + 1]]).double()
+                            for i in range(2))
+            expected = (keys @ q[row, head].double() / D**0.5).softmax(0) @ values
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found[row, head * D:][:D].double(), expected, atol=tolerance, rtol=tolerance)
+    assert found.isfinite().all() and found.dtype == torch.float32
+
+
+def test_a_shared_prompt_is_kept_once(world, prompts_are):
+    policy, processor, _, prompts = world
+    generate(policy, processor, prompts[:2], 4, 8)
+    cache, (rows, longest) = policy.engine.cache, (8, policy.engine.longest)
+    if prompts_are == "shared":
+        assert cache.prompts[0].shape[1] == 4 and cache.tails[0].shape[1] == rows and cache.tails[0].shape[3] < longest
+    else:
+        assert cache.prompts is None and cache.tails[0].shape[3] > longest
+
+
+def test_a_kept_engine_serves_any_prompt_that_it_has_room_for(world):
+    """Room is dealt out in buckets: a later prompt may be longer than the first, and still fit."""
+    policy, processor, _, _ = world
+
+    def asked(length):
+        return [Prompt(torch.arange(20, 20 + length), None, None)]
+    generate(policy, processor, asked(17), 3, 15)
+    kept = policy.engine
+    long = generate(policy, processor, asked(kept.longest), 3, 15)
+    assert policy.engine is kept
+    policy.engine = None
+    assert [o.tokens for o in long[0]] == [o.tokens for o in generate(policy, processor, asked(kept.longest), 3, 15)[0]]

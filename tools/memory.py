@@ -49,12 +49,14 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
     total, width, text = sum(sizes.values()), width_of(cfg), config.text_config
     P, C = prompt_length or cfg.max_pixels // 784 + 200, cfg.max_completion_length
     rows = min(cfg.max_rows, cfg.num_generations * math.ceil(cfg.prompts_per_step / ranks))
+    shared = engine.shares_prompts("cuda", P, rows, cfg.num_generations)  # also where a CPU estimates
+    slots = rows * C + (2 * rows // cfg.num_generations if shared else rows) * P
     head = text.hidden_size // text.num_attention_heads
     owned = max(math.ceil(sum(trained.values()) / ranks), max(trained.values()))  # whole tensors are dealt out
     return {"weights": total * width, "gradients": sum(trained.values()) * width,
             "reference": total * width * (cfg.beta > 0),
             "optimizer": 0 if cfg.offload else owned * (8 + 4 * (width == 2)),
-            "cache": rows * (P + C) * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
+            "cache": slots * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
             **activations(config, cfg, P, width), "logits": logits(config, cfg, P, width)}
 
 
@@ -167,12 +169,14 @@ def simulate(config, cfg, ranks, prompt_length=None):
         bias, A = torch.zeros(config.text_config.vocab_size), torch.ones(len(packed.prompt_of))
         processor = SimpleNamespace(end_ids=(1, 2), forbidden_ids=lambda v: (0,))
         rows = min(cfg.max_rows, cfg.num_generations * math.ceil(cfg.prompts_per_step / ranks))
-        decoder = engine.Engine(policy, processor, len(prompt.input_ids) + cfg.max_completion_length, rows,
-                                cfg.max_completion_length, capture=False)
+        decoder = engine.Engine(policy, processor, len(prompt.input_ids), rows, cfg.max_completion_length,
+                                width=cfg.num_generations, capture=False, shared=engine.shares_prompts(
+                                    "cuda", len(prompt.input_ids), rows, cfg.num_generations))
         for _ in range(2):  # in the second step, the optimizer has its moments
             live.peak = live.now
             with torch.no_grad():
-                decoder._decode(rows, decoder.length)
+                decoder._decode(rows, decoder.tail, *(
+                    (decoder.groups, cfg.num_generations, decoder.longest) if decoder.shared else ()))
             peaks["rollout"], live.peak = live.peak, live.now
             policy.train()
             for _ in range(2):  # the second micro-batch finds the first one's gradients
