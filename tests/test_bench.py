@@ -27,6 +27,12 @@ def test_every_measure_runs_at_a_trivial_size(model):
     assert figures["largest G that fits"] == "4 of (2, 4)"
 
 
+def test_prompts_kept_once_are_measured_beside_copies(model):
+    """The cache of a group of four is smaller by more than half, whatever the clock says."""
+    (figure,) = bench.shared_prompts(*model, "cpu", 1, [(2, 4, 90, 3)]).values()
+    assert float(figure.rpartition(" ")[2]) < 0.7
+
+
 def test_the_largest_group_is_the_last_before_memory_runs_out(model, monkeypatch):
     inner = bench.generate
 

@@ -2,6 +2,7 @@
 
     python -m tools.bench                  a CPU: about 5 minutes
     python -m tools.bench --size 3b        a GPU: the real Qwen2.5-VL-3B configuration with random bfloat16 weights
+    python -m tools.bench --prompts        rollouts whose groups keep their prompt once, beside copies
     python -m tools.bench --against_trl    whole training steps, in turn with those of TRL's GRPOTrainer
     python -m tools.bench --json > out.json
 
@@ -18,6 +19,7 @@ import re
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,6 +28,7 @@ import torch
 import transformers
 
 import currreft
+import engine
 from currreft import Config, Stage, group_advantages, grpo_loss, token_logps
 from data import Example, Prompt, instruction
 from distributed import ShardedAdamW
@@ -143,6 +146,33 @@ def rollout(model, processor, device, repeats, prompts=4, G=8, new=128, length=2
     return {"engine tok/s": tokens / seconds["engine"], "generate tok/s": tokens / seconds["generate"],
             "speed-up": seconds["generate"] / seconds["engine"], "bandwidth GB/s": bandwidth / 1e9,
             "share of bandwidth": weights / bandwidth / (seconds["engine"] / new)}
+
+
+SHAPES = [(B, 8, P, C) for P in (100, 600) for B in (4, 8) for C in (64, 128)]  # prompts, G, prompt tokens, new tokens
+
+
+def shared_prompts(model, processor, device, repeats, shapes=SHAPES):
+    """A rollout whose groups keep their prompt once, beside one in which every row has a copy: seconds, and bytes kept."""
+    figures = {}
+    for B, G, P, C in shapes:
+        batch, kept = [make_prompt(model, processor, P, seed=i) for i in range(B)], {}
+
+        def sample(shared):
+            with mock.patch.object(engine, "shares_prompts", lambda *_: shared):
+                if model.engine is None or model.engine.shared != shared:
+                    model.engine = kept.pop(shared, None)   # each keeps its own, as a run does
+                generate(model, processor, batch, G, C, max_rows=B * G)
+                kept[shared] = model.engine
+        attach_attention(model).engine = None
+        seconds = interleaved({name: partial(sample, name == "once") for name in ("once", "copied")}, device, repeats)
+        size = {name: sum(t.numel() * t.element_size() for pair in (kept[name == "once"].cache.tails,
+                                                                    kept[name == "once"].cache.prompts or ()) for t in pair)
+                for name in seconds}
+        figures[f"{B} x {G}, {P}, {C}"] = (f"{seconds['once']:.3g} / {seconds['copied']:.3g} s, "
+                                           f"{seconds['copied'] / seconds['once']:.2f} x; cache "
+                                           f"{size['once'] / size['copied']:.2f}")
+    model.engine = None
+    return figures
 
 
 def group_update(model, processor, P, C, G, separate=False):
@@ -468,6 +498,8 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--against_trl", action="store_true",
                         help="instead: whole training steps against TRL's GRPOTrainer, on the CPU")
+    parser.add_argument("--prompts", action="store_true",
+                        help="instead: rollouts whose groups keep their prompt once, beside a copy in every row")
     parser.add_argument("--rewards", action="store_true", help="instead: the slowest texts that a reward may meet")
     args = parser.parse_args(argv)
     if args.rewards:
@@ -486,6 +518,9 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, processor = build(args.size, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    if args.prompts:
+        return show("prompts x G, prompt tokens, new tokens: once / copied", shared_prompts(
+            model, processor, device, args.repeats))
     report = {"machine": {
         "date": time.strftime("%Y-%m-%d"),
         "model": f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters",
