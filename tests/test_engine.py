@@ -115,6 +115,19 @@ def test_decode_rounds_its_norms_as_the_model_does(world, dtype):
         torch.allclose(engine.rms_norm(norm, x), norm(x), atol=1e-6)
 
 
+def test_patches_are_embedded_as_by_the_convolution(world):
+    """Value and gradient, against the module's own forward."""
+    module, pixels = world[0].model.visual.patch_embed, torch.randn(20, 1176)
+    results = []
+    for forward in (module.forward, type(module).forward.__get__(module)):
+        module.zero_grad()
+        out = forward(pixels)
+        out.square().sum().backward()
+        results.append((out.detach(), module.proj.weight.grad))
+    module.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_stays_away_from_cudnn(world):
     """It would build an execution plan for every new shape, and nearly every group has a new one."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
