@@ -215,8 +215,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
 
     logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the
     whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the step is split.
-    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), all tensors:
-    the host waits for none of them before the step is done.
+    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), all
+    tensors: the host waits for none of them before the step is done.
     """
     A = advantages[:, None]  # (R, 1)
     ratio = (logp - logp_old).exp()  # (R, T)

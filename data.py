@@ -370,6 +370,7 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
                    allow_outside=allow_outside, moved=moved)
 
     def each(function, items):
+        """{where: function(item, where)} of the items that it accepts; what is wrong with the others joins `faults`."""
         done = {}
         for where, item in items:
             try:

@@ -3,8 +3,8 @@
 1. `pack`, `Packed`, `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie
    in one row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion
    attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate rows.
-2. `Engine`: prompts are prefilled once and copied into the slots of a preallocated cache; every decode step is tensor
-   work on fixed memory without a word from the host, so that on CUDA it is captured as one graph and replayed.
+2. `Engine`: a prompt is prefilled once into a preallocated cache, long ones kept once for their group; every decode step
+   is tensor work on fixed memory without a word from the host, so that on CUDA it is captured as a graph and replayed.
 
 Shapes: N tokens of the packed row, B prompts of up to P tokens, R completions of up to T tokens (R = B * G in GRPO),
 H hidden size, V vocabulary, L slots of a cache row.
@@ -45,14 +45,15 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     return attach_attention(model.eval()), processor
 
 
-# What this file puts where transformers does not expect it: two attention functions under names of their own; a Packed
+# What this file puts where transformers does not expect it: two attention functions under names of their own; `forward`
+# of the norms and of the patch embedding, as fewer kernels for the same numbers (`rms_norm`, `embed_patches`); a Packed
 # row as the attention mask of the text model, which hands it to our function unread; `cu_seq_lens_q.windows`, the
 # vision tower's tables, made once a forward pass; a Cache with an `update` of its own; `model.engine`, the rollout
 # engine, kept from call to call because its memory and graphs hold this model's addresses (weights change in place).
 
 
 def attach_attention(model):
-    """Let a Qwen2.5-VL attend by this file's two functions, norm and embed patches by two more; returns the model."""
+    """Let a Qwen2.5-VL attend, norm and embed patches by this file's functions; returns the model."""
     # On Hopper SDPA would take cuDNN first, which builds a plan for every new shape: nearly every group has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -66,13 +67,6 @@ def attach_attention(model):
     patches = model.model.visual.patch_embed
     patches.forward = partial(embed_patches, patches)
     return model
-
-
-def embed_patches(module, pixels):
-    """(patches, H): each patch of pixels (patches, 1176) by one product. A convolution whose windows do not overlap is
-    the same sum, but is slow as one: a tenth of a rollout on a CPU."""
-    weight = module.proj.weight.flatten(1)
-    return pixels.to(weight.dtype) @ weight.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +190,12 @@ def prompt_positions(model, prompt):
 def image_features(model, pixel_values, image_grid_thw):
     """(image tokens, H): the vision tower's output for all images, in the order in which their tokens stand."""
     return torch.cat(model.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
+
+
+def embed_patches(module, pixels):
+    """(patches, hidden) of pixels (patches, 1176): transformers' convolution, whose windows do not overlap, as a product."""
+    weight = module.proj.weight.flatten(1)
+    return pixels.to(weight.dtype) @ weight.T
 
 
 def packed_hidden(model, packed, cache=None):

@@ -292,7 +292,7 @@ class Run:
     # -- begin or continue --------------------------------------------------------------------------------------------
 
     def resume(self):
-        """Begin the run directory or continue from its furthest whole checkpoint; returns (stage index, its steps done).
+        """Begin the run directory or continue from its furthest whole checkpoint: (stage index, its steps done).
 
         UserError if --out cannot be begun or continued, if anything but HARMLESS settings is not as it was, or if the
         base model cannot be trained. Nothing is written before all of that is known.

@@ -96,6 +96,7 @@ def summarize(predictions, samples):
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
 
     def figures(groups):
+        """{name: value} of a list of questions, each a list of its answers' rows."""
         rows = [row for group in groups for row in group]
         mean = {name: sum(row[key] for row in rows) / len(rows) for name, key in (
             ("accuracy", "correct"), ("format", "format"), ("length", "tokens"), ("truncated", "truncated"))}
@@ -128,13 +129,15 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
     lock, pending = threading.Lock(), []
 
     def score(i, answers, scores):
+        """Judge the answers of question i that have no score yet, and write the line of its record."""
         scores = [judge(answer, questions[i]) if had is None else had for answer, had in zip(answers, scores)]
         with lock:
             file.write("\n" + json.dumps({"key": keys[i], "answers": answers, "scores": scores}))  # ends a torn line
             file.flush()
             bar.update()
 
-    def finished(number, group):  # a slow judge works beside the decoding
+    def finished(number, group):
+        """Hand a question's completions to the judge, who may be slow and works beside the decoding."""
         answers = [o.text for o in group]
         reference = [fresh[number].solution] if "<think>" in fresh[number].solution else []
         pending.append(pool.submit(score, unseen[number], answers + reference, [None] * len(answers + reference)))

@@ -1,5 +1,6 @@
 """The benchmark's own code: a measure that only a GPU takes for real must not fail there for the first time."""
 
+import json
 import sys
 
 import tools.bench as bench
@@ -17,7 +18,7 @@ def test_every_measure_runs_at_a_trivial_size(model):
     figures = {
         **bench.rollout(*model, "cpu", 1, prompts=2, G=2, new=3, length=40),
         **bench.full_step(*model, "demo", "cpu", 1, P=40, C=3, G=2, prompts=2, groups=(2, 4)),
-        **bench.scaling(*model, "cpu", 1, P=40, C=2)}
+        **bench.scaling(*model, "cpu", 1, P=40, C=2), **bench.patches(*model, "cpu", 1, count=1, P=40)}
     for separate in (False, True):
         bench.group_update(*model, P=40, C=3, G=2, separate=separate)()
     varied = bench.varied_updates(*model, P=40, C=8, G=2, groups=3)
@@ -28,9 +29,18 @@ def test_every_measure_runs_at_a_trivial_size(model):
 
 
 def test_prompts_kept_once_are_measured_beside_copies(model):
-    """The cache of a group of four is smaller by more than half, whatever the clock says."""
-    (figure,) = bench.shared_prompts(*model, "cpu", 1, [(2, 4, 90, 3)]).values()
-    assert float(figure.rpartition(" ")[2]) < 0.7
+    """Two groups of four, in slots of 16: room for 4 prompts of 96 and 8 tails of 16, beside 8 rows of 112."""
+    figures = bench.shared_prompts(*model, "cpu", 1, 2, 4, 90, 3)
+    assert figures["cache ratio"] == pytest.approx((4 * 96 + 8 * 16) / (8 * 112))
+
+
+@pytest.mark.parametrize("flag, title", [("--rewards", "rewards, slowest of accuracy and quality"),
+                                         ("--prompts", "2 prompts of 40 tokens x 2, 3 new")])
+def test_every_table_is_printed_as_json_with_the_machine(flag, title, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", [(2, 2, 40, 3)])
+    bench.main(["--size", "demo", "--repeats", "1", "--json", flag])
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["torch"] == torch.__version__ and set(report) == {"machine", title} and report[title]
 
 
 def test_the_largest_group_is_the_last_before_memory_runs_out(model, monkeypatch):

@@ -116,8 +116,9 @@ def test_decode_rounds_its_norms_as_the_model_does(world, dtype):
 
 
 def test_patches_are_embedded_as_by_the_convolution(world):
-    """Value and gradient, against the module's own forward."""
+    """Value and gradient, against the class's own forward, which a loaded policy no longer uses."""
     module, pixels = world[0].model.visual.patch_embed, torch.randn(20, 1176)
+    assert module.forward.func is engine.embed_patches
     results = []
     for forward in (module.forward, type(module).forward.__get__(module)):
         module.zero_grad()

@@ -151,28 +151,27 @@ def rollout(model, processor, device, repeats, prompts=4, G=8, new=128, length=2
 SHAPES = [(B, 8, P, C) for P in (100, 600) for B in (4, 8) for C in (64, 128)]  # prompts, G, prompt tokens, new tokens
 
 
-def shared_prompts(model, processor, device, repeats, shapes=SHAPES):
-    """A rollout whose groups keep their prompt once, beside one in which every row has a copy: seconds, and bytes kept."""
-    figures = {}
-    for B, G, P, C in shapes:
-        batch, kept = [make_prompt(model, processor, P, seed=i) for i in range(B)], {}
+def shared_prompts(model, processor, device, repeats, B, G, P, C):
+    """Seconds and cache bytes of a rollout whose groups keep their prompt once, and of one with a copy in every row."""
+    batch = [make_prompt(model, processor, P, seed=i) for i in range(B)]
+    engines = {name: engine.Engine(attach_attention(model), processor, P, B * G, C, width=G, shared=name == "once")
+               for name in ("once", "copied")}
+    seeds = [[i * G + g for g in range(G)] for i in range(B)]
+    seconds = interleaved({name: partial(e.run, batch, [P] * B, seeds) for name, e in engines.items()}, device, repeats)
+    size = {name: sum(t.numel() * t.element_size() for t in (*e.cache.tails, *(e.cache.prompts or ())))
+            for name, e in engines.items()}
+    return {"once s": seconds["once"], "copied s": seconds["copied"], "speed-up": seconds["copied"] / seconds["once"],
+            "cache ratio": size["once"] / size["copied"]}
 
-        def sample(shared):
-            with mock.patch.object(engine, "shares_prompts", lambda *_: shared):
-                if model.engine is None or model.engine.shared != shared:
-                    model.engine = kept.pop(shared, None)   # each keeps its own, as a run does
-                generate(model, processor, batch, G, C, max_rows=B * G)
-                kept[shared] = model.engine
-        attach_attention(model).engine = None
-        seconds = interleaved({name: partial(sample, name == "once") for name in ("once", "copied")}, device, repeats)
-        size = {name: sum(t.numel() * t.element_size() for pair in (kept[name == "once"].cache.tails,
-                                                                    kept[name == "once"].cache.prompts or ()) for t in pair)
-                for name in seconds}
-        figures[f"{B} x {G}, {P}, {C}"] = (f"{seconds['once']:.3g} / {seconds['copied']:.3g} s, "
-                                           f"{seconds['copied'] / seconds['once']:.2f} x; cache "
-                                           f"{size['once'] / size['copied']:.2f}")
-    model.engine = None
-    return figures
+
+@torch.no_grad()
+def patches(model, processor, device, repeats, count=8, P=600):
+    """Seconds to embed the patches of `count` pictures, two thirds of P tokens each: by one product, by convolution."""
+    module = attach_attention(model).model.visual.patch_embed
+    pixels = torch.cat([make_prompt(model, processor, P, seed=i).pixel_values for i in range(count)]).to(device)
+    seconds = interleaved({"product s": lambda: module(pixels),
+                           "convolution s": lambda: type(module).forward(module, pixels)}, device, repeats)
+    return {**seconds, "speed-up": seconds["convolution s"] / seconds["product s"]}
 
 
 def group_update(model, processor, P, C, G, separate=False):
@@ -466,12 +465,13 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
 
 def slowest_rewards():
     """{case: milliseconds of CPU} of accuracy and quality on texts that are made to be slow, 4,000 characters each."""
-    pieces = ("√1", "\\frac{1}{", "{", "(", "[1,2],", "{{1,2},{3,4}},", "a,", "\\text{a}", "10^", "(1,2),", "9,", "word ")
+    pieces = ("√1", "\\frac{1}{", "{", "(", "[1,2],", "{{1,2},{3,4}},", "a,", "\\text{a}", "10^", "(1,2),", "9,",
+              "word ")
     truths = ("12", "B", "2√{2}-2", "{1,2,3}", "{" + ",".join(f"{{{i},{i + 1}}}" for i in range(12)) + "}")
 
     def cost(answer, truth, task):
-        example, text = Example(problem="", solution=truth, task=task), f"<think>{answer}</think><answer>{answer}</answer>"
-        times = []
+        example, times = Example(problem="", solution=truth, task=task), []
+        text = f"<think>{answer}</think><answer>{answer}</answer>"
         for function in (accuracy_reward, quality_score):
             start = time.process_time()
             function(text, example)
@@ -480,7 +480,8 @@ def slowest_rewards():
     cases = {f"boxes, {n} x {m}": cost(boxes_of(n, 0), boxes_of(m, 5), "detection")
              for n, m in ((16, 64), (32, 32), (32, 64), (64, 64))}
     for task in ("math", "general", "classify"):
-        cases[f"slowest text, {task}"] = max(cost((piece * 4000)[:3990], truth, task) for piece in pieces for truth in truths)
+        cases[f"slowest text, {task}"] = max(
+            cost((piece * 4000)[:3990], truth, task) for piece in pieces for truth in truths)
     return {name: f"{value:.1f} ms" for name, value in cases.items()}
 
 
@@ -502,8 +503,6 @@ def main(argv=None):
                         help="instead: rollouts whose groups keep their prompt once, beside a copy in every row")
     parser.add_argument("--rewards", action="store_true", help="instead: the slowest texts that a reward may meet")
     args = parser.parse_args(argv)
-    if args.rewards:
-        return show("rewards, slowest of accuracy and quality", slowest_rewards())
     if args.against_trl:
         try:
             import trl  # noqa: F401
@@ -518,9 +517,6 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, processor = build(args.size, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    if args.prompts:
-        return show("prompts x G, prompt tokens, new tokens: once / copied", shared_prompts(
-            model, processor, device, args.repeats))
     report = {"machine": {
         "date": time.strftime("%Y-%m-%d"),
         "model": f"{args.size}, {sum(p.numel() for p in model.parameters()):,} parameters",
@@ -529,7 +525,14 @@ def main(argv=None):
         "torch": torch.__version__, "transformers": transformers.__version__}}
     if args.against_trl:
         report["machine"]["trl"] = trl.__version__
-    cases = against_trl_cases(args) if args.against_trl else own_cases(args, model, processor, device)
+    work = (model, processor, device, args.repeats)
+    if args.rewards:
+        cases = {"rewards, slowest of accuracy and quality": slowest_rewards}
+    elif args.prompts:
+        cases = {f"{B} prompts of {P} tokens x {G}, {C} new": partial(shared_prompts, *work, B, G, P, C)
+                 for B, G, P, C in SHAPES}
+    else:
+        cases = against_trl_cases(args) if args.against_trl else own_cases(args, *work)
     if not args.json:
         show("machine", report["machine"])
     for name, measure in cases.items():
@@ -540,18 +543,19 @@ def main(argv=None):
         print(json.dumps(report, indent=1))
 
 
-def own_cases(args, model, processor, device):
+def own_cases(args, model, processor, device, repeats):
     """{title: a function without arguments that measures}, as much as this machine can."""
-    work = (model, processor, device, args.repeats)
-    cases = {f"rollout, 4 prompts of {P} tokens x 8, 128 new tokens": lambda P=P: rollout(*work, length=P)
+    work = (model, processor, device, repeats)
+    cases = {"patches of 8 pictures, by one product": lambda: patches(*work)}
+    cases |= {f"rollout, 4 prompts of {P} tokens x 8, 128 new tokens": lambda P=P: rollout(*work, length=P)
              for P in (100, 600)}
     if device == "cuda":
         cases["rollout, 8 prompts of 700 tokens x 8, 256 new tokens"] = lambda: rollout(*work, 8, 8, 256, 700)
-    cases["update of a group, P=600 C=200 G=8"] = lambda: update(model, processor, args.size, device, args.repeats)
+    cases["update of a group, P=600 C=200 G=8"] = lambda: update(model, processor, args.size, device, repeats)
     cases["rollout + update as work grows"] = lambda: scaling(*work)
     if args.size == "3b":
         cases["full fine-tuning step, 8 prompts, P=700 C=512 G=8"] = \
-            lambda: full_step(model, processor, args.size, device, args.repeats)
+            lambda: full_step(model, processor, args.size, device, repeats)
     return cases
 
 
