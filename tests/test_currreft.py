@@ -311,6 +311,7 @@ def test_what_saves_time_or_memory_changes_nothing(flags, tmp_path, other):
         assert a.get("reward") == b.get("reward") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_offload_changes_no_bit_and_a_run_may_be_resumed_across_it(flags, tmp_path, monkeypatch, dtype):
     """In bfloat16 sums of gradients are float32 on the host: better than on the device, so only float32 is bit-equal."""
@@ -490,6 +491,7 @@ def test_frozen_vision_stays_and_gives_the_same_step(flags, tmp_path, base):
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_a_stage_ends_early_at_its_threshold(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(currreft, "accuracy_reward", lambda *_, **__: 1.0)
     main([*flags, "--out", str(tmp_path / "run"), "--stages", "binary:60", "choice:1", "--advance_at", "0.9",

@@ -53,7 +53,8 @@ def test_a_candidate_is_as_often_right_as_wrong_and_yes_is_a_coin():
     assert abs(sum(truth_of(e) == "yes" for e in derived) / len(derived) - 0.5) < 0.04
 
 
-@pytest.mark.parametrize("kind", ["photos", "board", "angles"])
+@pytest.mark.parametrize("kind", [pytest.param("photos", marks=pytest.mark.slow),
+                                  pytest.param("board", marks=pytest.mark.slow), "angles"])
 def test_a_blind_learner_is_within_eight_points_of_chance(kind):
     """Seeds of the tests alone; row by row, the same learner finds what it may not find here."""
     rows, seen = made_examples(kind, 700, seed="tests"), 0

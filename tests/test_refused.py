@@ -239,7 +239,8 @@ BASES = {  # name: (what is done to a base, words of the sentence)
 }
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name == "a template that never ends" else []) for name in BASES])
 def test_a_base(name, base, tmp_path, capsys):
     shutil.copytree(base[0], model := tmp_path / "model")
     spoil, words = BASES[name]
