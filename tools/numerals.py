@@ -68,6 +68,7 @@ def plain(text):
     return undress(text)
 
 
+@lru_cache(1024)
 def parse_number(text):
     """The Number that the whole text is, or None: "5 or 6", "3 + 4", "12 3" -> None.
 
