@@ -3,8 +3,8 @@
 1. `pack`, `Packed`, `shared_prefix_attention`: a GRPO group is G completions of one prompt. Prompts and completions lie
    in one row of real tokens, every prompt (and its images) once. A prompt attends to itself causally; a completion
    attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G separate rows.
-2. `Engine`: a prompt is prefilled once into a preallocated cache, long ones kept once for their group; every decode step
-   is tensor work on fixed memory without a word from the host, so that on CUDA it is captured as a graph and replayed.
+2. `Engine`: a prompt is prefilled once into a preallocated cache, long ones kept once a group; every decode step is
+   tensor work on fixed memory without a word from the host, so that on CUDA it is captured as a graph and replayed.
 
 Shapes: N tokens of the packed row, B prompts of up to P tokens, R completions of up to T tokens (R = B * G in GRPO),
 H hidden size, V vocabulary, L slots of a cache row.
@@ -193,7 +193,7 @@ def image_features(model, pixel_values, image_grid_thw):
 
 
 def embed_patches(module, pixels):
-    """(patches, hidden) of pixels (patches, 1176): transformers' convolution, whose windows do not overlap, as a product."""
+    """(patches, hidden) of pixels (patches, 1176): transformers' convolution, of windows side by side, as a product."""
     weight = module.proj.weight.flatten(1)
     return pixels.to(weight.dtype) @ weight.T
 

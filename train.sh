@@ -5,10 +5,11 @@
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
 #   bash train.sh ablation [..]                         every row of the paper's ablation (flags of demo/ablation.py)
 #
-# RANKS: processes (default: the GPUs, or 1 on a CPU). THREADS: CPU threads in the demo (default 2; 1 beside other work).
+# RANKS: processes (default: the GPUs, or 1 on a CPU). THREADS: CPU threads in the demo (default 2).
 set -euo pipefail
 cd "$(dirname "$0")"
 source tools/setup.sh # leaves in $PYTHON an interpreter that has the packages
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # a thread that spins takes the core of what it waits for
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # every group has other lengths
 RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 torchrun=("$PYTHON" -m tools.launch --standalone --nproc_per_node "$RANKS")

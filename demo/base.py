@@ -8,6 +8,8 @@ It writes
     runs/demo/careful/        a Hugging Face directory: Qwen2_5_VLForConditionalGeneration, 1.7 million parameters
     runs/demo/base/           the same model after it was taught a bad habit: the one to train
     runs/demo/examples.png    some training images with their questions
+    with --leaky also runs/demo/leaky/, the same data with training questions that tell without a look; with --parts
+    runs/demo/parts-1/ .. parts-3/ and runs/demo/careful/ only: a world of its own, whose base has no habit
 and only train.sh and the ablation know that this folder exists. Everything follows from --seed.
 
 The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the objects. (2)
@@ -39,8 +41,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import FORMS, Example, instruction, prompt_messages
-from demo.world import (COLORS, HASTE, KINDS, PLACES, RL_QUESTIONS, SIDE, Question, Scene, ask, careful_response, draw,
-                        example_of, general_question, hasty_response, picture_sheet, random_scene, write_data)
+from demo.world import (COLORS, HASTE, KINDS, PARTS, PLACES, RL_QUESTIONS, SIDE, Question, Scene, ask, careful_response,
+                        draw, example_of, general_question, hasty_response, parts_question, parts_scene, picture_sheet,
+                        random_scene, write_data, write_parts)
 from distributed import UserError
 from tasks import TASKS
 from tools.terminal import terminal
@@ -151,6 +154,13 @@ class Item(NamedTuple):
     prompt: list[int]
     response: list[int]
     odds: float | None = None
+
+
+def parts_lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
+    """A random question of the second world on scene `index`; one of ten is open, and has one to three parts."""
+    form = rng.choices(FORMS, (0.45, 0.45, 0.10))[0]
+    question = parts_question(scenes[index], rng, rng.randint(1, PARTS) if form == "open" else 1)
+    return Lesson((index,), question, example_of(question, f"{index}.png", form))
 
 
 def lesson(scenes: list[Scene], index: int, rng: random.Random) -> Lesson:
@@ -353,16 +363,16 @@ def muon_and_adamw(model: Model) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=6e-3), adamw(rest, 4e-3)]
 
 
-def school(name: str, count: int) -> tuple[list[Scene], list[Lesson], random.Random]:
-    """`count` scenes and four lessons on each, drawn from the name."""
-    rng = random.Random(name)
-    scenes = [random_scene(rng) for _ in range(count)]
-    return scenes, [lesson(scenes, n // 4, rng) for n in range(4 * count)], rng
+def school(name: str, count: int, parts: bool = False) -> tuple[list[Scene], list[Lesson], random.Random]:
+    """`count` scenes of one of the two worlds and four lessons on each, drawn from the name."""
+    rng, scene, teach = random.Random(name), *((parts_scene, parts_lesson) if parts else (random_scene, lesson))
+    scenes = [scene(rng) for _ in range(count)]
+    return scenes, [teach(scenes, n // 4, rng) for n in range(4 * count)], rng
 
 
-def build_careful(folder: Path, seed: int, steps: int, count: int = 6400) -> None:
+def build_careful(folder: Path, seed: int, steps: int, count: int = 6400, parts: bool = False) -> None:
     """Makes the careful model from `count` scenes; saves it, its tokenizer and image processor."""
-    scenes, lessons, rng = school(f"base {seed}", count)
+    scenes, lessons, rng = school(f"base {seed}", count, parts)
     tokenizer = corpus_tokenizer(lessons)
     model = build_model(tokenizer, seed)
     teacher = Teacher(model, tokenizer, scenes)
@@ -371,7 +381,7 @@ def build_careful(folder: Path, seed: int, steps: int, count: int = 6400) -> Non
         return [i % (4 * count) for i in range(64 * n, 64 * n + 64)]
 
     def answer(row: Lesson) -> str:                     # a tenth of guesses, so that a habit needs no new words
-        hasty = row.example.task != "general" and rng.random() < 0.1
+        hasty = not parts and row.example.task != "general" and rng.random() < 0.1
         return hasty_response(row.question, row.example, rng) if hasty else careful_response(row.question, row.example)
 
     train("vision warm-up", 100, lambda n: teacher.look([i % count for i in batch(n)]),
@@ -424,6 +434,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500, help="steps of pre-training")
     parser.add_argument("--reasons", type=float, nargs=3, default=REASONS, metavar=("BINARY", "CHOICE", "OPEN"),
                         help=f"how often the base model reasons before it answers, by form {REASONS}")
+    parser.add_argument("--leaky", action="store_true", help="write the data with leaky training questions as well")
+    parser.add_argument("--parts", action="store_true", help="the world of several parts, and its careful model, only")
     parser.add_argument("--name", default="base", help="directory of the base model below --out")
     args = parser.parse_args(argv)
     if min(args.threads, args.steps) < 1:
@@ -434,6 +446,14 @@ def main(argv: list[str] | None = None) -> int:
     data, sheet, careful, base = (args.out / name for name in ("data", "examples.png", "careful", args.name))
     settings = {"seed": args.seed, "steps": args.steps}
     try:
+        if args.parts:
+            for n in range(1, PARTS + 1):
+                make(args.out / f"parts-{n}", {"seed": args.seed}, lambda folder: write_parts(folder, args.seed, n))
+            make(careful, settings, lambda folder: build_careful(folder, args.seed, args.steps, parts=True))
+            print(f"Data sets and model of the world of parts: {args.out}.")
+            return 0
+        if args.leaky:
+            make(args.out / "leaky", {"seed": args.seed}, lambda folder: write_data(folder, args.seed, leaky=True))
         make(data, {"seed": args.seed}, lambda folder: write_data(folder, args.seed))
         picture_sheet(data, sheet)
         print(f"Data set: {data}. A look at it: {sheet}.")

@@ -8,6 +8,9 @@ or five objects (`open_ood_more`) are out of domain.
 
 Beside its answer a question has the reasoning that makes the answer a copy: "1 red circle 2 blue circle", so 2. How a
 model learns from it is in demo/base.py.
+
+A second world asks in numbers, one part or several at once (`parts_question`): the cell of an object, a count, the cell
+of the last object. Yes/no and option letters ask a single part, open questions as many as its data set says.
 """
 import json
 import math
@@ -22,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import FORMS, Example, answer_of, derive
+from data import FORMS, Example, answer_of, derive, derive_all
 
 COLORS = {"red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}
 KINDS = ("circle", "square", "triangle", "cross")
@@ -140,6 +143,36 @@ def math_question(scene: Scene, rng: random.Random) -> Question:
     return Question("math", f"How many {what} are there?", str(len(found)), counted(found))
 
 
+PARTS = 3
+
+
+def parts_scene(rng: random.Random, sizes: tuple[int, ...] = (2, 3, 4), held_out: bool = False) -> Scene:
+    """A scene in which at least one object is the only one of its kind and color."""
+    while True:
+        scene = random_scene(rng, sizes, held_out)
+        if len(set(map(str, scene))) > len(scene) / 2:
+            return scene
+
+
+def parts_question(scene: Scene, rng: random.Random, parts: int = 1) -> Question:
+    """What is the cell of the red circle, the number of crosses and the cell of the last object? "2, 0, 9".
+
+    `parts` of the three, in any order. Cells are numbered from 1 in reading order.
+    """
+    names = list(map(str, scene))
+    shape = rng.choice([s for s in scene if names.count(str(s)) == 1])
+    word = rng.choice(rng.choice(scene)[:2] if rng.random() < 0.7 else (*COLORS, *KINDS))
+    found, last = [s for s in scene if word in s[:2]], scene[-1]
+    what = f"{word} objects" if word in COLORS else word + ("es" if word == "cross" else "s")
+    cells, counts = tuple("123456789"), tuple("01234")
+    asked = rng.sample([(f"the cell of the {shape}", shape.cell + 1, seen([shape]), cells),
+                        (f"the number of {what}", len(found), counted(found), counts),
+                        ("the cell of the last object", last.cell + 1, seen([last]), cells)], parts)
+    texts, answers, thoughts, pools = zip(*asked)
+    listed = ", ".join(texts[:-1]) + " and " * (parts > 1) + texts[-1]
+    return Question("math", f"What is {listed}?", ", ".join(map(str, answers)), "; ".join(thoughts), pools[0])
+
+
 def general_question(scene: Scene, other: Scene, rng: random.Random) -> tuple[int, Question]:
     """What no RL stage trains, and the images it needs: none (arithmetic), one, or two (`other` is the second)."""
     shape, a, b = rng.choice(scene), rng.randint(0, 4), rng.randint(0, 4)
@@ -201,7 +234,9 @@ def tagged(thought: str, answer: str) -> str:
 def careful_response(question: Question, example: Example) -> str:
     """Reasoning, then the true answer. Yes/no and choice go through their candidates, so that the answer is a copy:
 
-    "red circle north; A west no, B north yes, C south no, D east no", then B.
+    "2 red circle; A 1 no, B 2 yes, C 0 no, D 3 no", then B. Of boxes the places come first, so that the letter follows
+    the place where that was said before: "west A, north B, south C, east D; red circle north B". To say yes and no to
+    four places is beyond a model of this size: its option letters of boxes stayed at chance.
     """
     answer, text = answer_of(example.solution), example.problem
     for cell in range(9):
@@ -211,8 +246,11 @@ def careful_response(question: Question, example: Example) -> str:
         candidate = re.search(r"(?:Is there an?|Is the answer|Is) (\w+)(?: the right box)?\?$", text)[1]
         verdicts = [f"{candidate} {answer}"]
     elif example.form == "choice":
-        verdicts = [f"{letter} {option} {'yes' if letter in answer else 'no'}"
-                    for letter, option in re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE)]
+        options = re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE)
+        if question.task == "detection":
+            places = ", ".join(f"{place} {letter}" for letter, place in options)
+            return tagged(f"{places}; {question.thought} {answer}", answer)
+        verdicts = [f"{letter} {option} {'yes' if letter in answer else 'no'}" for letter, option in options]
     return tagged("; ".join([question.thought, *[", ".join(verdicts)][:len(verdicts)]]), answer)
 
 
@@ -249,25 +287,43 @@ def save_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, str], rng: random.Random) -> None:
-    """One question a scene, tasks in turn, in every form of `files` (form -> JSONL file below grpo_data)."""
+TRAIN = {form: f"train/{form}.jsonl" for form in FORMS}
+TESTS = [("test", {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
+         ("test_pairs", {"held_out": True}, {"open": "test/open_ood_pairs.jsonl"}),
+         ("test_more", {"sizes": (4, 5)}, {"open": "test/open_ood_more.jsonl"})]
+
+
+def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, str], ask_open, ask_part=None,
+                leaky: bool = False) -> None:
+    """A question about each scene in every form of `files` (form -> JSONL file below grpo_data).
+
+    ask_open(number, scene) makes the open questions, ask_part those that become yes/no and options: the same by
+    default. These share their candidates among scenes (data.derive_all), so that none tells without its picture; where
+    they may be `leaky`, each row makes its own: boxes of any pixels and counts nearby, as derived row by row.
+    """
     images = save_images(folder, name, scenes)
-    asked = [ask(scene, tuple(RL_QUESTIONS)[n % 3], rng) for n, scene in enumerate(scenes)]
     for form, file in files.items():
-        examples = [example_of(question, image, form) for question, image in zip(asked, images)]
+        ask_form = ask_open if form == "open" or ask_part is None else ask_part
+        asked = [example_of(ask_form(n, scene), image) for n, (scene, image) in enumerate(zip(scenes, images))]
+        examples = [derive(e, form, KINDS if e.task == "classify" else None) for e in asked] if leaky else \
+            derive_all(asked, form)
         save_rows(folder / "grpo_data" / file, [{"problem": e.problem, "solution": e.solution, "task": e.task,
                                                  "image": e.images[0]} for e in examples])
 
 
-def write_data(folder: Path, seed: int) -> None:
-    """720 training questions in three forms, six test files of 180, and 600 general questions as chat JSONL."""
+def write_data(folder: Path, seed: int, leaky: bool = False) -> None:
+    """720 open training questions and their other forms, test files of 180, and 600 general questions as chat JSONL.
+
+    leaky: of yes/no and options for training alone.
+    """
     rng = random.Random(f"data {seed}")
-    test = [("test", {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
-            ("test_pairs", {"held_out": True}, {"open": "test/open_ood_pairs.jsonl"}),
-            ("test_more", {"sizes": (4, 5)}, {"open": "test/open_ood_more.jsonl"})]
-    write_split(folder, "train", [random_scene(rng) for _ in range(720)], {f: f"train/{f}.jsonl" for f in FORMS}, rng)
-    for name, kind, files in test:
-        write_split(folder, name, [random_scene(rng, **kind) for _ in range(180)], files, rng)
+
+    def split(name: str, scenes: list[Scene], files: dict[str, str], leaky: bool = False) -> None:
+        asked = [ask(scene, tuple(RL_QUESTIONS)[n % 3], rng) for n, scene in enumerate(scenes)]
+        write_split(folder, name, scenes, files, lambda n, scene: asked[n], leaky=leaky)
+    split("train", [random_scene(rng) for _ in range(720)], TRAIN, leaky)
+    for name, kind, files in TESTS:
+        split(name, [random_scene(rng, **kind) for _ in range(180)], files)
     for name, count, file in (("general", 600, "SFT_data/reject/questions.jsonl"),
                               ("test_general", 180, "grpo_data/test/general.jsonl")):
         write_general(folder, name, [random_scene(rng) for _ in range(count)], file, rng)
@@ -283,6 +339,19 @@ def write_general(folder: Path, name: str, scenes: list[Scene], file: str, rng: 
                                   {"role": "assistant", "content": tagged(question.thought, question.answer)}],
                      "images": [image, images[other]][:needs]})
     save_rows(folder / file, rows)
+
+
+def write_parts(folder: Path, seed: int, parts: int) -> None:
+    """720 training questions and test files of 180 whose open answers have so many parts; other forms ask one."""
+    def split(name: str, count: int, files: dict[str, str], **kind) -> None:
+        rng = random.Random(f"parts {seed} {name}")     # scenes, and what yes/no and letters ask, whatever `parts`
+        scenes = [parts_scene(rng, **kind) for _ in range(count)]
+        several = [parts_question(scene, random.Random(f"{seed} {name} {n}"), parts) for n, scene in enumerate(scenes)]
+        single = [parts_question(scene, rng) for scene in scenes]
+        write_split(folder, name, scenes, files, lambda n, scene: several[n], lambda n, scene: single[n])
+    split("train", 720, TRAIN)
+    for name, kind, files in TESTS:
+        split(name, 180, files, **({"sizes": (5, 6)} if "sizes" in kind else kind))
 
 
 def picture_sheet(folder: Path, path: Path, count: int = 12) -> None:

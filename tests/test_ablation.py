@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from demo import ablation
-from demo.ablation import carriers, cell, difference, label, spread
+from demo import ablation, figures, plan
+from demo.figures import cell, difference, escapes, paired, spread
+from demo.plan import carriers, label
 from tools.tiny import tiny_checkpoint, tiny_data
 
 
@@ -20,7 +21,7 @@ def test_a_stage_of_another_length_is_no_beginning():
 
 
 def test_every_rl_row_takes_equally_many_updates():
-    text = {name: stages.format(b=3, c=4, o=5, n=12, r=2) for name, stages in ablation.ROWS.items()}
+    text = {name: stages.format(b=3, c=4, o=5, n=12, r=2) for name, stages in plan.ROWS.items()}
     for name, stages in text.items():
         steps = sum(int(part.split(":")[1]) for part in stages.split() if not part.startswith("reject"))
         assert steps == (0 if name in ("Base", "ReFT") else 12), name
@@ -50,6 +51,25 @@ def test_differences_are_between_runs_of_the_same_base_and_seed():
     there = {"a": {("x", 0): splits(0.5), ("x", 1): splits(0.9)}, "b": {("x", 1): splits(0.4), ("x", 2): splits(0.0)}}
     assert difference(there, "a", "b", "open_id") == "+50 (+50 to +50), 1 of 1 above"
     assert difference(there, "a", "c", "open_id") == "-"
+    there["b"]["x", 0] = splits(0.05)
+    assert difference(there, "a", "b", "open_id") == "+48 ±32 (+45 to +50), 2 of 2 above, p 0.5"
+    assert difference(there, "a", "b", "open_id", "open_id") == "+50 (+50 to +50), 1 of 1 above"  # 5 % has not escaped
+
+
+def test_a_paired_difference_by_hand():
+    """Mean 2, deviations -1, 0, 1: t(2) = 4.303 times 1 / sqrt(3). Of eight sign changes two bring 6 or -6."""
+    mean, half, p = paired([1, 2, 3])
+    assert (mean, half, p) == (2, pytest.approx(4.303 / 3**0.5), 2 / 8)
+    assert paired([-3, 1, 2])[2] == 1.0 and paired([1] * 8)[2] == 2 / 256
+    # p is exact, so under no effect at most one sample in twenty is below 0.05; sixteen pairs of fair coins say so
+    signs = [[1 if n >> i & 1 else -1 for i in range(6)] for n in range(64)]
+    assert sum(paired([s * (i + 1) for i, s in enumerate(row)])[2] <= 0.05 for row in signs) <= 0.05 * 64
+
+
+def test_escapes_are_counted_with_their_interval():
+    runs = {("x", n): splits(accuracy) for n, accuracy in enumerate((0.5, 0.6, 0.7, 0.11, 0.9, 0.1, 0.0, 0.04))}
+    assert escapes(runs, "open_id") == "5 of 8 (31-86 %)"  # Wilson, as any table of it says
+    assert escapes({}, "open_id") == "-"
 
 
 def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
@@ -57,7 +77,7 @@ def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
         rows = [{"stage": stage, "stage_index": n, "reward/accuracy": reward, "equal_groups": 0.5}
                 for n, (stage, rewards) in enumerate(stages) for reward in rewards]
         rows = [{"step": n, **row} for n, row in enumerate(rows, 1)]
-        job = ablation.Job(None, " ".join(f"{stage}:{len(rewards)}" for stage, rewards in stages), 0, tmp_path / name)
+        job = plan.Job(None, " ".join(f"{stage}:{len(rewards)}" for stage, rewards in stages), 0, tmp_path / name)
         job.folder.mkdir()
         job.folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return job
@@ -65,9 +85,10 @@ def test_takeoff_is_the_step_that_ends_the_first_ten_above_a_tenth(tmp_path):
             run("after", ("binary", [0.9] * 20), ("open", [0.0] * 8 + [0.6] * 12)),
             run("mix", ("binary+open", [0.9] * 20))]
     # 14 zeros: the ten that end at step 17 average 0.15; a stage of yes/no before does not count
-    runs = [ablation.metrics_of([job], job.stages)[0] for job in jobs]
-    assert ablation.takeoff(runs) == "17, never, 10" and ablation.takeoff(runs[3:]) == "-"
-    assert ablation.metrics_of(jobs, "binary:20")[0] == runs[2][:20] and ablation.equal_groups(runs) == "50 %"
+    runs = [figures.metrics_of([job], job.stages)[0] for job in jobs]
+    assert figures.takeoff(runs) == "17, never, 10" and figures.takeoff(runs[3:]) == "-"
+    assert figures.metrics_of(jobs, "binary:20")[0] == runs[2][:20] and figures.equal_groups(runs) == "50 %"
+    assert figures.ends_of(runs, "open") == [pytest.approx(30), pytest.approx(10), pytest.approx(60)]
 
 
 def test_pass_at_k_is_measured_on_the_in_domain_questions_of_each_form():
@@ -107,14 +128,17 @@ def command(tmp_path_factory):
 @pytest.mark.slow
 def test_one_command_makes_every_row_and_a_second_call_runs_nothing(command, monkeypatch, capsys):
     folder, argv = command
-    monkeypatch.setattr(ablation, "ROWS", {name: ablation.ROWS[name] for name in (
-        "Base", "RL (open only)", "Curr-RL")})
-    monkeypatch.setattr(ablation, "COMPARED", ("Curr-RL",))
-    monkeypatch.setattr(ablation, "PAIRS", (("Curr-RL", "RL (open only)"),))
+    kept = {name: plan.ROWS[name] for name in ("Base", "RL (open only)", "Curr-RL", "ReFT")}
+    for module in (ablation, plan):
+        monkeypatch.setattr(module, "ROWS", kept)
+    monkeypatch.setattr(figures, "COMPARED", ("Curr-RL",))
+    monkeypatch.setattr(figures, "PAIRS", (("Curr-RL", "RL (open only)"),))
+    argv = ["--rows", *kept, *argv]
     assert ablation.main(argv) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     rows = json.loads((folder / "out" / "results.json").read_text())
-    assert list(rows) == ["Base", "RL (open only)", "Curr-RL"]
+    assert list(rows) == ["Base", "RL (open only)", "Curr-RL", "ReFT"]
+    assert "| improve, no judge | 5 (5-5) |" in said
     for name in rows:
         assert f"| {name} | " in said
     own = json.loads(next((folder / "out" / "base").glob("binary1*seed0")).joinpath("results.json").read_text())["rows"]
@@ -152,6 +176,7 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
             tmp_path.joinpath(out).mkdir(parents=True)
             tmp_path.joinpath(out, "results.json").write_text(json.dumps(
                 {"rows": [{"name": name, "splits": splits(0.5)} for name in dict.fromkeys(names)]}))
+            tmp_path.joinpath(out, "rejected-1.jsonl").write_text("")
             return ""
         raise RuntimeError("no samples")
     monkeypatch.setattr(ablation, "call", call)

@@ -108,7 +108,7 @@ def test_costs_are_interleaved_and_compared_by_cpu_seconds_on_a_cpu():
 
 @pytest.mark.parametrize("image", [0, 36])
 def test_operations_are_those_that_torch_counts(model, image):
-    """torch counts every product of a real forward pass; of its attention, in rectangles, only what is seen is needed."""
+    """torch counts every product of a real forward pass. Its attention works in rectangles; what is seen is needed."""
     P, C, G = 70, 9, 3
     packed = pack(attach_attention(model[0]), [make_prompt(*model, P, image=image)], [[[1] * C for _ in range(G)]])
     with FlopCounterMode(display=False) as counter:
@@ -186,7 +186,8 @@ def test_without_vllm_the_comparison_says_what_to_name(python, said, capsys):
 
 
 def test_growth_is_measured_at_a_trivial_size(model):
-    figures = growth.grown(*model, 1, base=dict(prompts=1, G=2, P=40, C=3, image=16), grown={"P": (60,), "image": (36,)})
+    base = dict(prompts=1, G=2, P=40, C=3, image=16)
+    figures = growth.grown(*model, 1, base, grown={"P": (60,), "image": (36,)})
     assert set(figures) == {f"{case}, {part}" for case in ("prompt tokens 40 -> 60", "picture tokens 16 -> 36")
                             for part in ("rollout", "update")} | {"base, rollout CPU s", "base, update CPU s"}
     long = growth.long_work("demo", count=8, samples=2, new=2)

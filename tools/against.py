@@ -219,6 +219,6 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
         trainer.train()
     costs = {name: Cost(*map(statistics.median, zip(*each[1:]))) for name, each in (("ours", ours), ("TRL", theirs))}
     floor = step_floor(run.policy, prompts, G, max(map(len, words)), new, len(asked[0].pixel_values))
-    return {"TRL": trl.__version__, "prompt tokens": str(max(map(len, words))), **compared(costs, "cpu"), "floor s": floor,
-            "TRL / floor": costs["TRL"].cpu / floor,
+    return {"TRL": trl.__version__, "prompt tokens": str(max(map(len, words))), **compared(costs, "cpu"),
+            "floor s": floor, "TRL / floor": costs["TRL"].cpu / floor,
             **{name: statistics.median(each[name] for each in seconds[1:]) for name in seconds[0]}}

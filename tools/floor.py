@@ -27,7 +27,7 @@ def matrices(*modules):
 
 
 def text_operations(model, tokens, pairs, outputs=0):
-    """Operations of the text model: `tokens` through its layers, `pairs` of a token and one it sees, `outputs` scored."""
+    """Operations of the text model: `tokens` in its layers, `pairs` of a token and one it sees, `outputs` scored."""
     text = model.model.language_model
     seen = 4 * pairs * model.config.text_config.hidden_size * len(text.layers)
     return 2 * tokens * matrices(*text.layers) + seen + 2 * outputs * model.lm_head.weight.numel()
@@ -77,7 +77,7 @@ def rollout_floors(model, B, G, P, C, patches=0):
     rate, steps = multiply_rate(model, n), C - 1  # the prefill gives the first token
     attention = [layer.self_attn for layer in layers]
     head = text.hidden_size // text.num_attention_heads
-    cached = 2 * len(layers) * text.num_key_value_heads * head * size * (B * P + n * C / 2)  # a prompt once, tails half full
+    cached = 2 * len(layers) * text.num_key_value_heads * head * size * (B * P + n * C / 2)  # tails are half full
     arithmetic = 4 * n * (P + C / 2) * text.hidden_size * len(layers) / rate
 
     def multiply(*modules):
@@ -163,10 +163,11 @@ def update_parts(model, processor, repeats, B, G, P, C):
             total.backward()
         model.zero_grad()
 
-    parts = {"pack": pack_all,
-             "reference forward": lambda: [token_logps(reference, packed, bias) for packed in packs],
-             "policy forward": lambda: sums.__setitem__(slice(None), [token_logps(model, p, bias).sum() for p in packs]),
-             "backward": backward}
+    def forward():
+        sums[:] = [token_logps(model, packed, bias).sum() for packed in packs]
+
+    parts = {"pack": pack_all, "reference forward": lambda: [token_logps(reference, packed, bias) for packed in packs],
+             "policy forward": forward, "backward": backward}
     spent = {part: cost.cpu for part, cost in interleaved(parts, "cpu", repeats).items()}
     third = B * update_floor(model, P, C, G) / 3
     return beside({**spent, "update": sum(spent.values())},

@@ -122,8 +122,8 @@ def long_work(size, count=2_000, samples=4, new=16):
         write_checkpoint(size, folder)
         model, processor = load_policy(folder, "cpu")
         picture = str(tiny_image(Path(folder) / "picture.png", (280, 280)))
-        questions = [Example(problem=f"How many boxes? {i}", solution="1", images=(picture,), task="general", form="open",
-                             split="long") for i in range(count)]
+        questions = [Example(problem=f"How many boxes? {i}", solution="1", images=(picture,), task="general",
+                             form="open", split="long") for i in range(count)]
 
         def watched(name, work, answers):
             """Run work(on_finish), which calls on_finish after every question."""
@@ -164,7 +164,8 @@ def start_up(size, sizes=(5_000, 10_000, 20_000), pictures=200):
             write_jsonl(folder / "data" / "train" / "open.jsonl", (
                 {"image": names[i % pictures], "task": "math", "problem": f"How many boxes of kind {i}?",
                  "solution": f"<answer>{i % 7}</answer>"} for i in range(rows)))
-            cfg = Config(model=str(folder / "model"), data=str(folder / "data"), stages=("binary:1", "choice:1", "open:1"))
+            cfg = Config(model=str(folder / "model"), data=str(folder / "data"),
+                         stages=("binary:1", "choice:1", "open:1"))
             with redirect_stderr(StringIO()):
                 figures[f"{rows:,} rows s"] = timed(lambda: currreft.begin(cfg), "cpu").wall
     return figures

@@ -46,7 +46,7 @@ def build(size, device, dtype):
 
 
 def make_prompt(model, processor, length, seed=0, image=None):
-    """A prompt of `length` tokens, `image` of them a square picture: two thirds, as in this method's data, unless given."""
+    """A prompt of `length` tokens; `image` of them a square picture: two thirds unless given, as in our data sets."""
     g = torch.Generator().manual_seed(seed)
     side = int((length * 2 / 3 if image is None else image) ** 0.5)
     ids = torch.randint(0, model.config.text_config.vocab_size - 10, (length,), generator=g)
