@@ -88,10 +88,11 @@ def pairs_of(there, one, other, split, key=None):
 
 
 def paired(each):
-    """(mean, half its 95 % t interval, p) of differences. p: the share of all 2^n changes of their signs that bring
+    """(mean, half its 95 % t interval, p) of differences.
 
-    the mean as far from 0, an exact test that they are as often negative as positive. paired([1, 1, 1, 1])[2] == 1/8.
-    The interval is infinite for one difference; n that T95 lacks takes the next smaller's t, which is larger.
+    p: the share of all 2^n changes of their signs that bring the mean as far from 0, an exact test of "as often the one
+    as the other way". paired([1, 1, 1, 1])[2] == 1/8. The interval is infinite for one difference; an n that T95 lacks
+    takes the next smaller's t, which is larger.
     """
     n, mean = len(each), statistics.mean(each)
     half = T95[max(k for k in T95 if k <= n)] * statistics.stdev(each) / math.sqrt(n) if n > 1 else math.inf
@@ -104,9 +105,8 @@ def difference(there, one, other, split, key=None):
     each = [a - b for a, b in pairs_of(there, one, other, split, key)]
     if not each:
         return "-"
-    mean, half, p = paired(each)
-    return (f"{mean:+.0f}" + (f" ±{half:.0f}" if len(each) > 1 else "") + f" ({min(each):+.0f} to {max(each):+.0f}), "
-            f"{sum(x > 0 for x in each)} of {len(each)} above" + (f", p {p:.2g}" if len(each) > 1 else ""))
+    above = f"{sum(x > 0 for x in each)} of {len(each)} above"
+    return f"{change_text(each)}, {above}" + (f", p {paired(each)[2]:.2g}" if len(each) > 1 else "")
 
 
 def escapes(runs, split):
@@ -116,7 +116,7 @@ def escapes(runs, split):
         return "-"
     n, k = len(ends), sum(ends)
     middle, half = (k + 1.92) / (n + 3.84), wilson(k, n)
-    return f"{k} of {n} ({100 * (middle - half):.0f}-{100 * (middle + half):.0f} %)"
+    return f"{k} of {n} ({max(0, 100 * (middle - half)):.0f}-{min(100, 100 * (middle + half)):.0f} %)"
 
 
 def metrics_of(jobs, stages):
@@ -262,7 +262,7 @@ def change_text(each):
     if not each:
         return "-"
     mean, half, _ = paired(each)
-    return f"{mean:+.0f}" + (f" ±{half:.0f}" if len(each) > 1 else "") + f" ({min(each):+.0f} to {max(each):+.0f})"
+    return f"{round(mean):+}{f' ±{half:.0f}' if len(each) > 1 else ''} ({round(min(each)):+} to {round(max(each)):+})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
