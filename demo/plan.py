@@ -82,16 +82,16 @@ def plan(args, bases):
     """Every job; rows that are not COMPARED are run with the first --other_seeds seeds only, and last."""
     b, c, o = args.steps
     rows = {name: text.format(b=b, c=c, o=o, n=b + c + o, r=args.reject_steps) for name, text in ROWS.items()}
-    jobs = []
+    first, last = [], []
     for base in bases:
         wanted = {name: rows[name] for name in base.rows or rows if name in args.rows}
         carried = carriers(wanted)
         compared = {carried[name] for name in COMPARED if name in carried}
         for n, seed in enumerate(args.seeds[:base.seeds or None]):
             for stages in dict.fromkeys(carried.values() if n < args.other_seeds else compared):
-                jobs.append(Job(base, stages, seed, Path(args.out) / base.name / f"{slug(stages)}-seed{seed}"))
-    return rows, sorted(jobs, key=lambda job: (not any(
-        job.stages.split()[:len(rows[name].split())] == rows[name].split() for name in COMPARED), job.seed))
+                job = Job(base, stages, seed, Path(args.out) / base.name / f"{slug(stages)}-seed{seed}")
+                (first if stages in compared else last).append(job)
+    return rows, sorted(first, key=lambda job: job.seed) + sorted(last, key=lambda job: job.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
