@@ -1,10 +1,12 @@
 """torchrun, without its own traceback after the sentence of a rank that failed, or after a signal; exits with its code."""
 
+import logging
 import signal
 import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback. torchrun listens later
+    logging.raiseExceptions = False  # nor for a second signal, within torchrun's line about the first
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
