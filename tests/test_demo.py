@@ -85,6 +85,7 @@ def test_boxes_hold_what_is_drawn():
             assert iou(drawn, world.cell_box(shape.cell)) > 0.6
 
 
+@pytest.mark.slow
 def test_only_the_leaky_data_tells_without_a_look(folder, tmp_path):
     def excess(path, form, task):
         """Points above chance of the learner that sees no image."""
