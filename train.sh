@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source tools/setup.sh # leaves in $PYTHON an interpreter that has the packages
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # a thread that spins takes the core of what it waits for
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # threads that wait for long yield their core, which others may need
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # every group has other lengths
 RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 torchrun=("$PYTHON" -m tools.launch --standalone --nproc_per_node "$RANKS")
