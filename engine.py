@@ -346,7 +346,7 @@ class Cache:
             return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
         self.tails, self.prompts = pair(rows, tail), pair(groups, longest) if groups else None
         if groups:  # a product with many lines wants its keys side by side
-            self.prompts[0] = self.prompts[0].mT.contiguous().mT
+            self.prompts[0] = self.prompts[0].view(*self.prompts[0].shape[:3], head, longest).mT
         self.prefill = []  # [(group, or its rows, start, stop)]: who gets the tokens start:stop of the packed row
 
     def update(self, key, value, layer, *_, **__):

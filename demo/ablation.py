@@ -19,7 +19,7 @@ training on each of two worlds with bases of their own:
     reasons-R-WORLD    it reasons more often, so that open questions alone score from the start
     parts-N-WORLD      no habit: an open answer is composed of N parts, of which yes/no and letters ask one alone
     leaky-WORLD        the curriculum alone, its yes/no questions and options such that they tell without a look
-    improve-..-SEED    phase 2 alone, after the curriculum, with another judge or more passes
+    improve-..-WORLD   phase 2 alone, after the curriculum, with another judge or more passes (--improve)
 
 --variant runs COMPARED under other flags, which a real model can have as well.
 """
@@ -114,6 +114,7 @@ def work(tasks, jobs):
     failed, lock = {}, threading.Lock()
     with tqdm(total=len(tasks), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(jobs) as pool:
         def do(name, function):
+            """Run one task, and say how it ended."""
             started = time.perf_counter()
             try:
                 function()
@@ -158,6 +159,8 @@ def parse_args(argv=None):
     parser.add_argument("--variant", action="append", default=[],
                         help='other flags of currreft.py in one word to run three rows under, as --variant="--beta 0"; '
                              "may be given again")
+    parser.add_argument("--improve", action="store_true",
+                        help="phase 2 alone as well, under several judges (the demo's ablation has it in any case)")
     parser.add_argument("--samples", type=int, default=16, help="answers to each question for pass@k")
     parser.add_argument("--flags", default="", help='more flags of currreft.py in one word, --flags="--beta 0"')
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU, a thread each")
@@ -192,7 +195,7 @@ def run(args):
     for base in bases:
         if base.demo and not base.flags:
             worlds.setdefault(base.demo[1], []).append(base)
-    later = improve_jobs(args, bases[0], rows) if "Curr-RL" in args.rows and "ReFT" in args.rows else []
+    later = improve_jobs(args, bases[0], rows) if "Curr-RL" in args.rows and (args.improve or not args.model) else []
     if not args.report:
         failed = work({world: partial(make_bases, made) for world, made in worlds.items()}, args.jobs)
         for part in (jobs, later):

@@ -449,7 +449,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.parts:
             for n in range(1, PARTS + 1):
                 make(args.out / f"parts-{n}", {"seed": args.seed}, lambda folder: write_parts(folder, args.seed, n))
-            make(careful, settings, lambda folder: build_careful(folder, args.seed, args.steps, parts=True))
+            make(careful, settings | {"parts": PARTS},
+                 lambda folder: build_careful(folder, args.seed, args.steps, parts=True))
             print(f"Data sets and model of the world of parts: {args.out}.")
             return 0
         if args.leaky:

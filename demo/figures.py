@@ -314,17 +314,18 @@ def report(bases, jobs, rows, args):
     differences = [[f"{one} - {other}", *(difference(there, one, other, split) for split in splits)]
                    for one, other in PAIRS]
     head = (f"{b + c + o} updates of {per_step(args, bases[0])} rollouts a row ({b} + {c} + {o} in the curriculum), "
-            f"seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over runs, half the 95 % "
-            "interval for as many questions, range over runs in brackets. A difference is paired: mean, half its 95 % "
-            "interval over pairs, range, and p of an exact test that changes the signs of the differences.")
+            f"seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over runs, half the "
+            "95 % interval for as many questions, range over runs in brackets. A difference is paired: mean, half its "
+            "95 % interval over pairs, range, and p of an exact test that changes the signs of the differences.")
     fair = [base for base in bases if base.setting != "leaky"]
     parts = [f"# What did every row of the ablation score?\n\n{head}\n",
              "## What predicts the outcome\n", predictors(fair, jobs, rows, args), "",
              "## Rows\n", *[table + "\n" for table in results_tables(there)],
              "## Run by run, the same base and seed\n",
              markdown(["difference", *splits], differences)]
-    if len(settings_of(bases)) > 1 or len(bases) > 1:
-        parts += ["\n## In other settings\n\nBoth worlds together.\n", *regimes(bases, jobs, rows, splits)]
+    if len(bases) > 1:
+        parts += ["\n## In every setting\n\nRuns on all bases of a setting together.\n",
+                  *regimes(bases, jobs, rows, splits)]
     if any(base.setting == "leaky" for base in bases):
         parts += ["\n## Questions that tell without a look\n", leaks(bases, jobs, rows, args, splits)]
     if any(job.base.setting in IMPROVE and results_of(job.folder) for job in jobs):

@@ -103,17 +103,19 @@ def demo_bases(args):
     bases = []
     for world in args.base_seeds:
         folder = Path(args.out) / f"world-{world}"
-        common = ("--seed", str(world))
 
-        def base(name, model, data, *demo, setting=None, **more):
-            bases.append(Base(f"{name}-{world}", str(folder / model), str(folder / data), setting=setting or name,
-                              demo=("--out", str(folder / Path(model).parent), *common, *demo), **more))
+        def base(name, model, data, *demo, **more):
+            """Add the base of a setting in this world, made by demo/base.py with these flags."""
+            made = ("--out", str(folder / Path(model).parent), "--seed", str(world), *demo)
+            bases.append(Base(f"{name}-{world}", str(folder / model), str(folder / data), setting=name, demo=made,
+                              **more))
+
         for i, reasons in enumerate(args.reasons):
             name = "habit" if i == 0 else f"reasons-{reasons:g}"
-            base(name, name, "data", "--name", name, "--leaky", "--reasons", "0.15", "0.15", str(reasons),
-                 rows=() if not bases else COMPARED)
-        base("leaky", "habit", "leaky", "--name", "habit", "--leaky", "--reasons", "0.15", "0.15", str(args.reasons[0]),
-             rows=("Curr-RL",))
+            flags = ("--name", name, "--leaky", "--reasons", "0.15", "0.15", str(reasons))
+            base(name, name, "data", *flags, rows=COMPARED if bases else ())
+            if i == 0:
+                base("leaky", name, "leaky", *flags, rows=("Curr-RL",))
         for parts in range(PARTS, 0, -1):
             base(f"parts-{parts}", "parts/careful", f"parts/parts-{parts}", "--parts", "--steps", str(args.parts_steps),
                  rows=COMPARED, seeds=0 if parts == PARTS else 1)
@@ -131,7 +133,7 @@ IMPROVE = {  # setting: (steps of SFT for each of --reject_steps, flags)
 def improve_jobs(args, base, rows):
     """Phase 2 alone, from where the curriculum ended on `base`, with a better or worse judge or more passes."""
     jobs, stages = [], carriers(rows)["Curr-RL"]
-    for seed, (setting, (times, flags)) in itertools.product(args.seeds[:2 if args.model else None], IMPROVE.items()):
+    for seed, (setting, (times, flags)) in itertools.product(args.seeds, IMPROVE.items()):
         ended = Path(args.out) / base.name / f"{slug(stages)}-seed{seed}" / "stages" / label(rows["Curr-RL"])
         after = Base(f"{slug(setting)}-{base.name}", str(ended), base.data, flags, setting)
         jobs.append(Job(after, f"reject:{times * args.reject_steps}", seed,

@@ -293,20 +293,19 @@ TESTS = [("test", {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
          ("test_more", {"sizes": (4, 5)}, {"open": "test/open_ood_more.jsonl"})]
 
 
-def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, str], ask_open, ask_part=None,
-                leaky: bool = False) -> None:
-    """A question about each scene in every form of `files` (form -> JSONL file below grpo_data).
+def write_split(folder: Path, name: str, scenes: list[Scene], files: dict[str, str], asked: list[Question],
+                parts: list[Question] | None = None, leaky: bool = False) -> None:
+    """The question `asked` about each scene in every form of `files` (form -> JSONL file below grpo_data).
 
-    ask_open(number, scene) makes the open questions, ask_part those that become yes/no and options: the same by
-    default. These share their candidates among scenes (data.derive_all), so that none tells without its picture; where
-    they may be `leaky`, each row makes its own: boxes of any pixels and counts nearby, as derived row by row.
+    parts: what becomes yes/no and options, if not the same. These share their candidates among scenes
+    (data.derive_all), so that none tells without its picture; where they may be `leaky`, each row makes its own: boxes
+    of any pixels and counts nearby.
     """
     images = save_images(folder, name, scenes)
     for form, file in files.items():
-        ask_form = ask_open if form == "open" or ask_part is None else ask_part
-        asked = [example_of(ask_form(n, scene), image) for n, (scene, image) in enumerate(zip(scenes, images))]
-        examples = [derive(e, form, KINDS if e.task == "classify" else None) for e in asked] if leaky else \
-            derive_all(asked, form)
+        rows = [example_of(*pair) for pair in zip(parts if parts and form != "open" else asked, images)]
+        examples = [derive(e, form, KINDS if e.task == "classify" else None) for e in rows] if leaky else \
+            derive_all(rows, form)
         save_rows(folder / "grpo_data" / file, [{"problem": e.problem, "solution": e.solution, "task": e.task,
                                                  "image": e.images[0]} for e in examples])
 
@@ -319,8 +318,9 @@ def write_data(folder: Path, seed: int, leaky: bool = False) -> None:
     rng = random.Random(f"data {seed}")
 
     def split(name: str, scenes: list[Scene], files: dict[str, str], leaky: bool = False) -> None:
+        """A question about each scene, tasks in turn."""
         asked = [ask(scene, tuple(RL_QUESTIONS)[n % 3], rng) for n, scene in enumerate(scenes)]
-        write_split(folder, name, scenes, files, lambda n, scene: asked[n], leaky=leaky)
+        write_split(folder, name, scenes, files, asked, leaky=leaky)
     split("train", [random_scene(rng) for _ in range(720)], TRAIN, leaky)
     for name, kind, files in TESTS:
         split(name, [random_scene(rng, **kind) for _ in range(180)], files)
@@ -344,11 +344,12 @@ def write_general(folder: Path, name: str, scenes: list[Scene], file: str, rng: 
 def write_parts(folder: Path, seed: int, parts: int) -> None:
     """720 training questions and test files of 180 whose open answers have so many parts; other forms ask one."""
     def split(name: str, count: int, files: dict[str, str], **kind) -> None:
+        """Two questions about each scene, one of all parts and one of a single part."""
         rng = random.Random(f"parts {seed} {name}")     # scenes, and what yes/no and letters ask, whatever `parts`
         scenes = [parts_scene(rng, **kind) for _ in range(count)]
         several = [parts_question(scene, random.Random(f"{seed} {name} {n}"), parts) for n, scene in enumerate(scenes)]
         single = [parts_question(scene, rng) for scene in scenes]
-        write_split(folder, name, scenes, files, lambda n, scene: several[n], lambda n, scene: single[n])
+        write_split(folder, name, scenes, files, several, single)
     split("train", 720, TRAIN)
     for name, kind, files in TESTS:
         split(name, 180, files, **({"sizes": (5, 6)} if "sizes" in kind else kind))

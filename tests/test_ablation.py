@@ -133,7 +133,7 @@ def test_one_command_makes_every_row_and_a_second_call_runs_nothing(command, mon
         monkeypatch.setattr(module, "ROWS", kept)
     monkeypatch.setattr(figures, "COMPARED", ("Curr-RL",))
     monkeypatch.setattr(figures, "PAIRS", (("Curr-RL", "RL (open only)"),))
-    argv = ["--rows", *kept, *argv]
+    argv = ["--rows", *kept, "--improve", *argv]
     assert ablation.main(argv) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     rows = json.loads((folder / "out" / "results.json").read_text())

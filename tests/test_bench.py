@@ -45,7 +45,8 @@ def test_prompts_kept_once_are_measured_beside_copies(model):
 
 
 @pytest.mark.parametrize("flag, title", [("--rewards", "rewards, slowest of accuracy and quality"),
-                                         ("--prompts", "2 prompts of 40 tokens x 2, 3 new")])
+                                         ("--prompts", "2 prompts of 40 tokens x 2, 3 new"),
+                                         ("--against=generate", "rollout, 2 prompts of 40 tokens x 2, 3 new")])
 def test_every_table_is_printed_as_json_with_the_machine(flag, title, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", [(2, 2, 40, 3)])
     bench.main(["--size", "demo", "--repeats", "1", "--json", flag])

@@ -120,6 +120,17 @@ def test_answers_of_several_parts_are_those_of_the_scene(tmp_path):
         assert data.answer_of(response) == question.answer
 
 
+def test_the_base_of_the_world_of_parts_is_taught_right_answers():
+    rng = random.Random(6)
+    scenes = [world.parts_scene(rng) for _ in range(50)]
+    forms = set()
+    for n in range(400):
+        _, question, example = base.parts_lesson(scenes, n % 50, rng)
+        forms.add(example.form)
+        assert data.answer_of(world.careful_response(question, example)) == data.answer_of(example.solution)
+    assert forms == {"binary", "choice", "open"}
+
+
 def test_parts_are_asked_one_by_one_before_they_are_asked_together(tmp_path):
     for parts in (1, 3):
         world.write_parts(tmp_path / str(parts), 0, parts)

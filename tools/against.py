@@ -88,18 +88,20 @@ def against_vllm(size, device, repeats, python, shapes):
     processor.forbidden_ids = lambda vocabulary: banned
 
     def measure(B, G, P, C):
+        """Costs of one size, and the share of greedy tokens that are the same."""
         batch = [make_prompt(model, processor, P, seed=i, image=0) for i in range(B)]
         for prompt in batch:
             prompt.input_ids %= min(banned)  # words of the tokenizer, which are what vLLM takes
         ids = [prompt.input_ids.tolist() for prompt in batch]
 
         def theirs(vllm):
+            """What the rollout cost there; UserError where it is not the one that was asked for."""
             answer = vllm.ask(prompts=ids, n=G, new=C, temperature=1.0)
             if {len(tokens) for tokens in answer["tokens"]} != {C} or len(answer["tokens"]) != B * G:
                 raise UserError("vLLM answered at another length: no comparison")
             return Cost(*answer["cost"])
         costs = interleaved({
-            "engine": lambda: None if generate(model, processor, batch, G, C, max_rows=B * G) else None,
+            "engine": lambda: generate(model, processor, batch, G, C, max_rows=B * G),
             **{name: lambda vllm=vllm: theirs(vllm) for name, vllm in others.items()}}, device, repeats)
         model.engine = None
         greedy = [group[0].tokens for group in generate(model, processor, batch, 1, 16, 0.0)]
@@ -195,6 +197,7 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
         inner = trainer.model.generate
 
         def generate_timed(input_ids, **inputs):
+            """TRL's call of generate, timed and checked."""
             start = time.perf_counter()
             out = inner(input_ids=input_ids, **inputs)
             seconds.append({"TRL, generate s": time.perf_counter() - start})
@@ -203,7 +206,10 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
             return out
 
         class Turns(transformers.TrainerCallback):
+            """Between two of TRL's steps we take ours."""
+
             def on_step_end(self, *_, **__):
+                """TRL's step has ended."""
                 theirs.append(Cost(time.perf_counter() - self.wall, time.process_time() - self.cpu))
                 parts = {}
                 ours.append(timed(lambda: parts.update(step(len(ours) + 1)[1]), "cpu"))
@@ -211,6 +217,7 @@ def against_trl(size, repeats, prompts=4, G=8, new=64, side=112):
                 self.begin()
 
             def begin(self):
+                """TRL's next step begins."""
                 self.wall, self.cpu = time.perf_counter(), time.process_time()
 
         trainer.model.generate, turns = generate_timed, Turns()

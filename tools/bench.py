@@ -10,8 +10,8 @@
     python -m tools.bench --growth             how cost grows, and whether long work stays flat
     python -m tools.bench --json > out.json    any of them, for machines
 
-Weights are random: the work is the same. Compared measures are interleaved; figures are medians of --repeats, of time on
-the wall and of the CPU. A ratio is of CPU seconds, which other work disturbs less; on a GPU, of seconds on the wall.
+Weights are random: the work is the same. Compared measures are interleaved; figures are medians of --repeats. Ratios are of
+CPU seconds, which other work disturbs less than seconds on the wall; on a GPU, of seconds on the wall.
 """
 
 import argparse
