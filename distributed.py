@@ -15,15 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-
-
-class UserError(Exception):
-    """A mistake in data, files or flags. `str(error)` is what the user reads: what is wrong and what to do about it."""
-
-
-class RunError(UserError):
-    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of 2."""
+from support.words import RunError, UserError, one_line, say  # noqa: F401
 
 
 def join_ranks(timeout_minutes):
@@ -64,17 +56,6 @@ def collective():
     except RuntimeError as error:
         raise RunError("another rank died, or kept the others waiting for longer than --timeout_minutes "
                        f"({str(error).splitlines()[0]}). Continue with --resume") from error
-
-
-def say(text):
-    """Print a line on the terminal, once: rank 0 speaks for all. Above a progress bar where there is one."""
-    if world()[0] == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def one_line(text, limit=300):
-    """Model text made safe and short for a terminal: no control characters, no line breaks."""
-    return "".join(c if c.isprintable() else " " for c in text[:limit]) + ("..." if len(text) > limit else "")
 
 
 def leave(sentence, code):
