@@ -1,41 +1,46 @@
 """Curr-ReFT: curriculum reinforcement fine-tuning of a small vision-language model (arXiv 2503.07065).
 
-Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of rising
-difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never gets an open
-answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
-Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge scores every
-answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on what was kept.
+Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of
+rising difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never
+gets an open answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
+Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge
+scores every answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on these.
 
-This file is the method, from the settings to the run: `Config` and `Stage`, the equations (`group_advantages`,
-`token_logps`, `grpo_loss`), one step (`grpo_step`: rollout, judge, update), one stage (`train_stage`), all of them
-(`train`). What it rests on: data.py makes prompts, tasks.py and rewards.py judge answers, engine.py has the two fast
-forward passes, sample.py evaluates and samples for phase 2, run.py keeps the run directory, distributed.py the ranks.
+This file is the method, from the settings to the run: `Config` and `Stage`, the equations
+(`group_advantages`, `grpo_loss`), one step (`grpo_step`: rollout, assign_rewards, update), the state of a
+run (`Run`), one stage (`train_stage`), all of them (`train`). Beside it: rewards.py pays answers, forms.py
+asks one annotation in three forms, data.py makes prompts, packed.py scores and engine.py samples completions,
+sample.py evaluates and samples for phase 2. What a run stands on is in support/.
 
 What is left out of GRPO as others do it, and why:
-- No DDP wrapper: every loss is divided by constants of the whole step, and gradients are summed over ranks, so that
-  micro-batches, padding and the number of ranks cannot change the result.
-- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the tokens that
-  no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
-- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no learned
-  value or reward model. docs/departures.md has what differs from the paper and from the authors' code.
+- No DDP wrapper: every loss is divided by constants of the whole step, and gradients are summed over ranks,
+  so that micro-batches, padding and the number of ranks cannot change the result.
+- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the
+  tokens that no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
+- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no
+  learned value or reward model. docs/departures.md has what differs from paper and released code.
 
-Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest completion,
-N tokens of a packed row (engine.py), H hidden size, V vocabulary.
+Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest
+completion, H hidden size, V vocabulary.
 
-    python currreft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --out RUN                         # one GPU
-    torchrun --nproc_per_node 8 currreft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --out RUN    # one node
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...  # several
+    M=Qwen/Qwen2.5-VL-3B-Instruct
+    python currreft.py --model $M --data DIR --out RUN                          # one GPU
+    torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...
 """
 
 import signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: no traceback. `main` listens later
+if __name__ == "__main__":  # Ctrl-C while libraries load: no traceback. `main` listens later
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import copy
 import dataclasses
+import hashlib
 import logging
+import math
 import re
-import sys
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -44,24 +49,40 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
-from data import FORMS, Example, Processor, Prompt, load_data, refuse_long_prompts, taught
-from distributed import RunError, ShardedAdamW, UserError, gather, join_ranks, leave, say, world
-from engine import SelectedLogps, generate, load_policy, packed_hidden  # noqa: F401 (load_policy is imported from here)
-from rewards import accuracy_reward, format_reward, paid
-from run import Run, write_aside
-from sample import Judge, kept_examples, rejection_sample
-from tools import doubts
-from tools.accept import base_config
-from tools.card import write_cards
-from tools.endings import Stopped, ending, signals
-from tools.flags import check_values, parse
-from tools.layout import declared_tasks
-from tools.memory import check_memory, memory_needed
-from tools.terminal import terminal
+from data import (
+    Processor,
+    Prompt,
+    batch_indices,
+    instruction,
+    load_data,
+    refuse_long_prompts,
+    taught,
+)
+from engine import generate, load_policy
+from packed import forbidden_bias, image_features, pack, token_logps
+from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward
+from sample import Rules, evaluate, kept_examples, rejection_sample
+from support import warnings
+from support.base import base_config, named, not_finite
+from support.card import write_cards
+from support.directory import RunDirectory, made_of
+from support.endpoint import EndpointJudge
+from support.flags import check_values, parse
+from support.log import Log, over_ranks
+from support.memory import check_memory, memory_needed
+from support.optimizer import ShardedAdamW
+from support.ranks import gather, join_ranks, leave, world
+from support.rows import declared_tasks
+from support.signals import Stopped, ending, signals
+from support.tables import results_table
+from support.words import RunError, UserError, say, terminal
 
-# ---------------------------------------------------------------------------------------------------------------------
+DETECTION = instruction(Example(problem="", solution="", task="detection"))  # shown in model cards
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to it
+
+
+# ----------------------------------------------------------------------------------------------------
 # Settings: field = flag, comment = its --help
 
 
@@ -80,7 +101,6 @@ class Config:
 
     # the curriculum, and what GRPO samples
     stages: tuple = ("binary:600", "choice:500", "open:2300", "reject:400")  # the curriculum, FORM[+FORM]:STEPS each
-    advance_at: float = 0.0  # end a stage early once its mean accuracy reward over 50 steps reaches this (0: never)
     reference: str = "stage"  # KL reference: policy at the start of the 'stage', or of the whole run ('base')
     prompts_per_step: int = 8  # prompts in one GRPO step, over all GPUs
     num_generations: int = 8  # completions of each prompt, G
@@ -94,9 +114,6 @@ class Config:
     # the update
     lr: float = 1e-6  # RL learning rate (paper 2e-5, model card 1e-5, released code 1e-6)
     lr_schedule: str = "cosine"  # within each stage: 'cosine' to zero, or 'constant'
-    warmup_steps: int = 0  # linear warm-up at the start of each stage
-    weight_decay: float = 0.0  # decoupled weight decay of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     beta: float = 0.04  # weight of the KL penalty; 0 loads no reference model
     epsilon: float = 0.2  # clip range of the probability ratio
     partial_credit: float = 0.2  # choice reward for a non-empty proper subset of several right letters
@@ -113,28 +130,23 @@ class Config:
     judge_model: str = ""  # model name sent to the judge
 
     # how it is done: time and memory, not results
-    check: bool = False  # look before a long run: data, one rollout, log-probabilities, memory, time; trains nothing
     micro_batch: int = 1  # groups (RL) or examples (SFT) in one forward pass; changes speed and memory, not results
-    max_rows: int = 64  # completions in flight in a rollout, per GPU
+    max_rows: int = 64  # completions in flight in a rollout or an evaluation, per GPU
     checkpoint_activations: bool = False  # recompute activations in the update: slower, far less memory
     offload: bool = False  # float32 masters, moments and gradient sums in host memory: slower, 42 GiB less at 3B
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on CUDA, else float32), bfloat16 or float32
-    threads: int = 0  # CPU threads (0: torch's choice)
     timeout_minutes: float = 30.0  # a rank that others wait for longer than this ends the run
 
     # what is kept and shown
     save_every: int = 50  # steps between checkpoints to resume from
-    keep: int = 2  # such checkpoints kept; the end of every stage is kept in any case
-    sample_every: int = 10  # steps between printed samples
     eval_limit: int = 0  # test examples of each split at most (0: all)
-    eval_rows: int = 64  # completions in flight in evaluation, per GPU
     report_to: str = ""  # log to tensorboard (in --out) or wandb as well; what is not installed is an error
     skip_bad_rows: bool = False  # drop and count bad data rows instead of stopping
     allow_outside: bool = False  # allow image paths outside --image_root
 
     def __post_init__(self):
         check_values(vars(self))
-        self.curriculum, declared_tasks(self.task)  # raise for a malformed stage, or a task that is none
+        self.curriculum, declared_tasks(self.task, TASKS)  # raise for a malformed stage, or a task that is none
 
     @property
     def curriculum(self):
@@ -181,7 +193,7 @@ class Stage:
         return () if self.name in ("sft", "reject") else tuple(self.name.split("+"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The method: equations
 
 
@@ -194,17 +206,6 @@ def group_advantages(rewards):
     centered = rewards - rewards.mean(-1, keepdim=True)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
     return torch.where(equal, 0.0, centered / (rewards.std(-1, keepdim=True) + 1e-4))
-
-
-def token_logps(model, packed, bias, temperature=1.0):
-    """log pi(o_t | q, o_<t) of every completion token: (R, T) float32, 0 on padding.
-
-    packed: engine.Packed. bias (V,): engine.forbidden_bias. The distribution is softmax(logits / temperature) without
-    the forbidden tokens, the one that was sampled. Policy, old policy and reference all come from this function.
-    """
-    hidden = packed_hidden(model, packed)  # (N, H)
-    logps = SelectedLogps.apply(hidden[packed.predictors], model.lm_head.weight, packed.targets, bias, temperature)
-    return logps.new_zeros(packed.mask.numel()).scatter(0, packed.completion_slots, logps).view_as(packed.mask)
 
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2, num_completions=None):
@@ -237,7 +238,7 @@ def sft_loss(logp, mask, num_tokens):
     return -(logp * mask).sum() / num_tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The method: one step
 
 
@@ -245,32 +246,35 @@ def sft_loss(logp, mask, num_tokens):
 class Group:
     """One prompt q and its G completions, through a whole step; tensors are (G,)."""
 
-    example: Example                     # the question and its truth
-    prompt: Prompt                       # what the model is shown
-    completions: list                    # o_1 .. o_G, each an engine.Completion
-    accuracy: torch.Tensor = None        # accuracy reward, in [0, 1]
-    format: torch.Tensor = None          # format reward, 0 or 1
-    rewards: torch.Tensor = None         # r, their sum
-    advantages: torch.Tensor = None      # A
+    place: int                      # of the prompt in the step's global batch, over all ranks
+    example: Example                # the question and its truth
+    prompt: Prompt                  # what the model is shown
+    completions: list               # o_1 .. o_G, each an engine.Completion
+    accuracy: torch.Tensor = None   # accuracy reward, in [0, 1]
+    format: torch.Tensor = None     # format reward, 0 or 1
+    rewards: torch.Tensor = None    # r, their sum
+    advantages: torch.Tensor = None # A
 
 
 def grpo_step(run, stage, step):
-    """One GRPO step: sample, judge, learn, say. Returns ({name: (sum, count)}, {part: seconds}) for the log."""
+    """One GRPO step: sample, reward, learn. Returns ({name: (sum, count)}, {part: seconds}) for the log."""
     started = time.perf_counter()
     groups = rollout(run, stage, step)
     rolled_out = time.perf_counter()
-    judge(run.cfg, groups)
+    assign_rewards(run.cfg, groups)
     sums = update(run, stage, step, groups)
-    run.show_sample(step, groups[0])
-    return statistics(groups, sums), {"rollout": rolled_out - started, "update": time.perf_counter() - rolled_out}
+    seconds = {"rollout": rolled_out - started, "update": time.perf_counter() - rolled_out}
+    run.log.sample(step, run.global_step + 1, groups[0].example, described(groups[0]))
+    return statistics(groups, sums), seconds
 
 
 def rollout(run, stage, step):
-    """Sample o_1 .. o_G ~ pi_old for each prompt of this rank's slice of the batch; returns a list of B Groups.
+    """Sample o_1 .. o_G ~ pi_old for each prompt of this rank's slice of the batch: a list of B Groups.
 
-    Which questions, and every random number, follow from (seed, stage, step, place in the global batch, g): the same on
-    any number of ranks and after any resume. A completion that finds no end within --max_completion_length is truncated
-    and then treated like any other: judged as it stands, which is mostly worth 0, and trained on at its full length.
+    Which questions, and every random number, follow from (seed, stage, step, place in the global batch, g):
+    the same on any number of ranks and after any resume. A completion that finds no end within
+    --max_completion_length is truncated and then treated like any other: rewarded as it stands, which is
+    mostly worth 0, and trained on at its full length.
     """
     cfg = run.cfg
     places, examples = run.batch(stage, step, cfg.prompts_per_step)
@@ -279,16 +283,18 @@ def rollout(run, stage, step):
     run.policy.eval()
     completions = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length,
                            cfg.temperature, seeds=seeds, max_rows=cfg.max_rows)
-    return [Group(*group) for group in zip(examples, prompts, completions)]
+    return [Group(*group) for group in zip(places, examples, prompts, completions)]
 
 
-def judge(cfg, groups):
-    """Give each completion its rewards, by the truth of its own question, and its advantage within its group."""
+def assign_rewards(cfg, groups):
+    """Give each completion its rewards, by the truth of its own question, and its advantage in its group."""
     for group in groups:
         texts, example = [o.text for o in group.completions], group.example
-        group.accuracy = torch.tensor([paid(accuracy_reward, text, example, partial_credit=cfg.partial_credit,
-                                            soft_iou=cfg.soft_iou) for text in texts], dtype=torch.float64)
-        group.format = torch.tensor([paid(format_reward, text, example) for text in texts], dtype=torch.float64)
+        settings = {"partial_credit": cfg.partial_credit, "soft_iou": cfg.soft_iou}
+        group.accuracy = torch.tensor([safe_reward(accuracy_reward, text, example, **settings)
+                                       for text in texts], dtype=torch.float64)
+        group.format = torch.tensor([safe_reward(format_reward, text, example) for text in texts],
+                                    dtype=torch.float64)
         group.rewards = group.accuracy + group.format
         group.advantages = group_advantages(group.rewards).float()
 
@@ -296,19 +302,19 @@ def judge(cfg, groups):
 def update(run, stage, step, groups):
     """Learn from the groups: one optimizer step, or --updates_per_rollout of them. Returns sums over tokens.
 
-    pi_old is the first update's own forward pass: the weights are still those that sampled, so rho is exactly 1 there.
-    It and the reference are scored once, however many updates follow; "kl" and "clipped" are summed over all of them.
-    Without KL, groups whose rewards are all equal are left out: their gradient is exactly zero.
+    pi_old is the first update's own forward pass: the weights are still those that sampled, so rho is
+    exactly 1 there. It and the reference are scored once, however many updates follow; "kl" and "clipped" are
+    summed over all of them. Without KL, groups whose rewards are all equal are left out: their gradient is
+    exactly zero.
     """
     cfg, sums, scored = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, scored=0), {}
     groups = [group for group in groups if cfg.beta or group.advantages.any()]
     batches = [groups[i:i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)]
-    packs = [run.pack([group.prompt for group in batch], [[o.tokens for o in group.completions] for group in batch])
-             for batch in batches]
+    packs = [run.pack([group.prompt for group in batch],
+                      [[o.tokens for o in group.completions] for group in batch]) for batch in batches]
     run.policy.train()
     for _ in range(cfg.updates_per_rollout):
         for m, (batch, packed) in enumerate(zip(batches, packs)):
-            packed = packed.to(run.device)
             logp = token_logps(run.policy, packed, run.bias, cfg.temperature)  # (R, T)
             if m not in scored:
                 with torch.no_grad():
@@ -332,22 +338,30 @@ def statistics(groups, sums):
     """What a step has to say, as {name: (sum, count)}: over ranks both are added up, then divided once."""
     rewards = torch.stack([group.rewards for group in groups])  # (B, G)
     completions = [o for group in groups for o in group.completions]
-    tokens = sum(len(o.tokens) for o in completions)
-    values = {"reward": rewards, "reward_std": rewards.std(1), "equal_groups": rewards.amax(1) == rewards.amin(1),
+    values = {"reward": rewards, "reward_std": rewards.std(1),
+              "equal_groups": rewards.amax(1) == rewards.amin(1),
               "reward/accuracy": torch.cat([group.accuracy for group in groups]),
               "reward/format": torch.cat([group.format for group in groups]),
               "completion_length": torch.tensor([len(o.tokens) for o in completions]),
               "truncated": torch.tensor([o.truncated for o in completions])}
     for task in {group.example.task for group in groups}:
         values[f"reward/accuracy/{task}"] = torch.cat([g.accuracy for g in groups if g.example.task == task])
+    if entropies := [o.entropy for o in completions if o.entropy is not None]:  # not every generator knows it
+        values["entropy"] = torch.cat(entropies)
     return {**{name: (value.double().sum().item(), value.numel()) for name, value in values.items()},
-            "entropy": (sum(o.entropy.sum().item() for o in completions), tokens),
             "logp_gap": (sums["logp_gap"], sums["scored"]),
             "kl": (sums["kl"], sums["tokens"]), "clip_fraction": (sums["clipped"], sums["tokens"])}
 
 
+def described(group):
+    """The completions of a group as rows of samples.jsonl."""
+    worth = zip(group.completions, *(x.tolist() for x in (group.accuracy, group.format, group.advantages)))
+    return [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy, "format": form,
+             "advantage": round(advantage, 4)} for o, accuracy, form, advantage in worth]
+
+
 def sft_step(run, stage, step):
-    """One supervised step on the stage's question-answer pairs; the loss is on the answer and its end token alone."""
+    """One supervised step on the stage's pairs; the loss is on the answer and its end token alone."""
     cfg, started = run.cfg, time.perf_counter()
     _, examples = run.batch(stage, step, cfg.sft_batch)
     prompts = run.prompts(examples)
@@ -356,7 +370,7 @@ def sft_step(run, stage, step):
     run.policy.train()
     loss_sum = 0.0
     for i in range(0, len(prompts), cfg.micro_batch):
-        packed = run.pack(prompts[i:i + cfg.micro_batch], [[a] for a in answers[i:i + cfg.micro_batch]]).to(run.device)
+        packed = run.pack(prompts[i:i + cfg.micro_batch], [[a] for a in answers[i:i + cfg.micro_batch]])
         loss = sft_loss(token_logps(run.policy, packed, run.bias), packed.mask, num_tokens)
         loss.backward()
         run.optimizer.collect()
@@ -365,40 +379,227 @@ def sft_step(run, stage, step):
     return {"loss": (loss_sum.item(), sum(map(len, answers)))}, {"update": time.perf_counter() - started}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# The state of a run: models, optimizer, counts; and what follows from them: batches, seeds, schedule
+
+
+class Run:
+    """One run on one rank. Whatever changes in a run is declared in __init__.
+
+    Its directory (`directory`: checkpoints, resume) and its log (`log`) are of support/ and know none of it.
+    """
+
+    SAVED = ("global_step", "skipped", "bad_in_a_row", "results")  # attributes that a checkpoint keeps
+
+    def __init__(self, cfg, device, examples=None, tests=(), questions=()):
+        self.cfg = cfg                  # Config
+        self.device = device            # of this rank
+        self.rank, self.ranks = world()
+        self.examples = examples or {}  # {stage name: its training examples}
+        self.tests = tests              # test examples of all splits
+        self.questions = questions      # of the reject stage
+
+        self.policy = None              # the model that is trained; its weights change in place
+        self.processor = None           # data.Processor: tokens, pixels
+        self.bias = None                # (V,) -inf on tokens that no completion may hold
+        self.reference = None           # frozen model of the KL term; None where beta is 0
+        self.optimizer = None           # ShardedAdamW of the current stage
+        self.optimizer_files = []       # shards to resume the stage's optimizer from
+
+        self.global_step = 0            # optimizer steps of all stages
+        self.skipped = 0                # steps skipped because their gradient was not finite
+        self.bad_in_a_row = 0           # of them without a good one in between
+        self.results = []               # rows of results.json: one an evaluation
+        self.grad_norm = 0.0            # of the last step, before clipping
+        self.learning_rate = 0.0        # of the last step
+
+        self.directory = RunDirectory(cfg.out, cfg.stages, [stage.label for stage in cfg.curriculum])
+        self.log = Log(self.directory.out, cfg.report_to)
+
+    # ---- Models ----
+
+    def load_weights(self, path):
+        """Start from, or replace all weights by, the checkpoint at `path`."""
+        dtype = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}[self.cfg.dtype]
+        self.policy, self.processor = load_policy(path, self.device, dtype, self.cfg.max_pixels)
+        self.bias = forbidden_bias(self.policy, self.processor)
+        self.log.watch.rounding = 1e-3 if self.policy.dtype == torch.float32 else 0.05
+        self.policy.model.visual.requires_grad_(not self.cfg.freeze_vision)
+        if self.cfg.checkpoint_activations:  # only acts in train mode, which only the update uses
+            enable = getattr(self.policy, "activation_checkpointing_enable", None)  # newer name
+            enable = enable or self.policy.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "preserve_rng_state": False})
+
+    def load_reference(self, stage, resumed=False):
+        """The KL reference of a stage, frozen; none if beta is 0.
+
+        The policy at the stage's start, which a resumed run finds as the end of the stage before; or the base.
+        """
+        if not self.cfg.beta:
+            return
+        if self.cfg.reference == "stage" and not resumed:
+            self.policy.engine = None  # its memory and graphs are the policy's; the next rollout makes them anew
+            self.reference = copy.deepcopy(self.policy).eval()
+        else:
+            first = self.cfg.reference == "base" or stage.index == 0
+            path = self.cfg.model if first else self.directory.stage_end(stage.index - 1)
+            self.reference = load_policy(path, self.device, self.policy.dtype, self.cfg.max_pixels)[0]
+        self.reference.requires_grad_(False)
+
+    # ---- Batches ----
+
+    def seed(self, *numbers):
+        """A 63-bit seed from (run seed, numbers..): the same on every rank count and after every resume."""
+        return seed_from(self.cfg.seed, *numbers)
+
+    def batch(self, stage, step, size):
+        """This rank's slice of the global batch of a step: (places in the global batch, examples)."""
+        examples = self.examples[stage.name]
+        indices = batch_indices(len(examples), size, step, self.seed(stage.index))
+        places = range(self.rank * size // self.ranks, (self.rank + 1) * size // self.ranks)
+        return list(places), [examples[indices[i]] for i in places]
+
+    def prompts(self, examples):
+        """Examples as prompts. A frozen vision tower reads each image here, once for all that follows."""
+        prompts = [self.processor(example) for example in examples]
+        for prompt in prompts:
+            if self.cfg.freeze_vision and prompt.pixel_values is not None:
+                with torch.no_grad():
+                    prompt.features = image_features(
+                        self.policy, prompt.pixel_values.to(self.device), prompt.image_grid_thw.to(self.device))
+        return prompts
+
+    def pack(self, prompts, completions):
+        """packed.pack on this rank's device."""
+        return pack(self.policy, prompts, completions).to(self.device)
+
+    # ---- One optimizer step ----
+
+    def optimizer_step(self, stage, step, base_lr):
+        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm)."""
+        self.learning_rate = learning_rate(self.cfg, stage, step, base_lr)
+        self.grad_norm = self.optimizer.reduce_gradients(MAX_GRAD_NORM)
+        if math.isfinite(self.grad_norm):
+            self.optimizer.step(self.learning_rate)
+            self.bad_in_a_row = 0
+        else:
+            self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+            say(f"{stage.name}, step {step + 1}: the gradient is not finite, so the step is skipped "
+                f"({self.skipped} so far)")
+        self.optimizer.zero_grad()
+        if self.bad_in_a_row >= 5:
+            raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a "
+                           f"row. {self.way_back()}")
+
+    def way_back(self):
+        """What to do when numbers have run away."""
+        return (f"The last good checkpoint is {self.directory.last_checkpoint()}; resume with a lower --lr or "
+                "a higher --beta and --allow_changes.")
+
+    # ---- Log, save, resume, evaluate ----
+
+    def record(self, stage, step, sums, seconds):
+        """Log a step over all ranks; returns whether a signal has arrived on any, so that all stop together."""
+        totals, slowest, stopping = over_ranks(sums, seconds, signals.arrived())
+        self.global_step += 1
+        if self.rank == 0:
+            self.log.step(
+                stage, {"step": self.global_step, "stage": stage.name, "stage_index": stage.index,
+                        "stage_step": step + 1}, totals, slowest,
+                {"grad_norm": self.grad_norm, "lr": self.learning_rate, "skipped_steps": self.skipped})
+        return stopping
+
+    def save(self, stage, done=None):
+        """A checkpoint: after `done` steps within a stage, its optimizer included; or of the stage's end."""
+        if bad := not_finite(self.policy):  # the same on every rank
+            raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are "
+                           f"not saved. {self.way_back()}")
+        state = {name: getattr(self, name) for name in self.SAVED}
+        if done is None:
+            self.directory.save(self.directory.stage_end(stage.index), {
+                **state, "stage": stage.index + 1, "stage_step": 0}, self.policy, self.processor)
+            return
+        needed = list(self.directory.out.glob(f"rejected-{stage.index + 1}.jsonl"))
+        if self.reference is not None and self.cfg.reference == "stage" and stage.index:
+            needed.append(self.directory.stage_end(stage.index - 1) / "state.json")
+        self.directory.save(self.directory.checkpoint(self.global_step), {
+            **state, "stage": stage.index, "stage_step": done}, self.policy, self.processor, self.optimizer, needed)
+
+    def resume(self):
+        """Begin the run directory, or go on from its furthest whole checkpoint: (stage index, its steps done).
+
+        UserError if --out cannot be begun or continued, if the run is not made of what it was, or if the base
+        model cannot be trained. Nothing is written before all of that is known.
+        """
+        cfg = self.cfg
+        used = [e for rows in (*self.examples.values(), self.tests, self.questions) for e in rows]
+        made = made_of(cfg.model, cfg.data, cfg.image_root or cfg.data,
+                       {e.where.rpartition(":")[0] for e in used},
+                       {image for e in used for image in e.images}) if self.rank == 0 else None
+        path, state, record, changed = self.directory.find(dataclasses.asdict(cfg), made, cfg.model)
+        self.load_weights(path)
+        for name in self.SAVED:
+            setattr(self, name, state.get(name, getattr(self, name)))
+        self.optimizer_files = [Path(path) / name for name in state["files"] if name.startswith("optimizer-")]
+        if self.rank == 0:
+            self.results = self.directory.begin(path, state, record, changed)
+            self.log.report.start(self.directory.out, dataclasses.asdict(cfg), self.global_step)
+        self.results = gather(self.results)[0]
+        return state["stage"], state["stage_step"]
+
+    def evaluate(self, name):
+        """Greedy accuracy on every test split; adds a row to results.json unless it is there already."""
+        if not self.tests or name in [row["name"] for row in self.results]:
+            return
+        splits, predictions = evaluate(
+            self.policy, self.processor, self.tests, max_completion_length=self.cfg.max_completion_length,
+            max_rows=self.cfg.max_rows, on_finish=signals.check, description=f"evaluate {name}")
+        self.results = self.results + [{"name": name, "splits": splits}]
+        if self.rank == 0:
+            self.directory.write_results(self.results, predictions)
+            self.log.report.results(self.global_step, splits)
+
+
+def seed_from(*numbers):
+    """A 63-bit seed from any numbers, alike on every machine: seed_from(0, 1) != seed_from(1, 0)."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def learning_rate(cfg, stage, step, base):
+    """Learning rate of a stage's step: constant, or half a cosine from `base` down to zero."""
+    done = step / stage.steps
+    return base * (0.5 + 0.5 * math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else base
+
+
+# ----------------------------------------------------------------------------------------------------
 # The curriculum
 
 
 def train(cfg):
-    """The whole run: data, evaluation of the base, stage after stage with its checkpoint and evaluation, pictures."""
+    """The whole run: data, evaluation of the base, stage after stage with its checkpoint and evaluation."""
     run = begin(cfg)
-    if cfg.check:
-        from tools.check import check  # needs this file
-        return check(run)
     reached, done = run.resume()
-    if run.rank == 0:
-        run.report.start(run.out, dataclasses.asdict(cfg), run.global_step)
     if not done:  # nothing is done twice: a row of results that is there already is left alone
         run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
     for stage in cfg.curriculum[reached:]:
         if run.rank == 0:
-            write_cards(run, write_aside)  # of the stage before, now that it is evaluated
+            write_cards(run, DETECTION)  # of the stage before, now that it is evaluated
         done = done if stage.index == reached else 0
         if stage.name == "reject":
             run.examples["reject"] = self_improve(run, stage, done)
         with signals.held():
             train_stage(run, stage, done)
-            run.save(run.stage_dir(stage.index), stage.index + 1, 0)
+            run.save(stage)
         run.evaluate(stage.label)
     if run.rank == 0:
-        write_cards(run, write_aside)
-        run.finish()
+        write_cards(run, DETECTION)
+        print(f"{results_table([run.directory.out])}\nmodel    {run.directory.stage_end(-1)}\n"
+              f"metrics  {run.directory.out / 'metrics.jsonl'}")
 
 
 def begin(cfg):
-    """Join the other ranks, read and check all data, say what memory is needed: what can fail before a model loads."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    """Join the other ranks, read and check all data, tell what memory is needed: what can fail before a model loads."""
     device = join_ranks(cfg.timeout_minutes)
     for name, size in (("prompts_per_step", cfg.prompts_per_step), ("sft_batch", cfg.sft_batch)):
         if size % world()[1]:
@@ -409,77 +610,68 @@ def begin(cfg):
     processor = Processor.from_pretrained(cfg.model, cfg.max_pixels)
     examples = {name: refuse_long_prompts(cfg, processor, rows) for name, rows in examples.items()}
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
-    for sentence in doubts.of_a_run(cfg, examples):
+    for sentence in warnings.of_a_run(cfg, examples):
         say(sentence)
     longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
     check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
     if questions:
-        Judge(cfg.judge_url, cfg.judge_model).probe()  # better now than after all RL stages
+        judge_of(cfg).probe()  # better now than after all RL stages
     return Run(cfg, device, examples, tests, questions)
 
 
 def train_stage(run, stage, done):
     """One row of the curriculum, from its step `done` on.
 
-    At a switch of stage everything starts afresh from the policy as it is: the optimizer (no moments, float32 masters
-    copied from the weights), the learning rate's schedule (it counts the stage's own steps), the KL reference (the
-    policy at this moment, unless --reference base), the order of the data, and --advance_at's window. Only the weights
+    At a switch of stage everything starts afresh from the policy as it is: the optimizer (no moments, float32
+    masters copied from the weights), the learning rate's schedule (it counts the stage's own steps), the KL
+    reference (the policy at this moment, unless --reference base) and the order of the data. Only the weights
     and the count of steps go on.
     """
     run.optimizer = run.reference = None  # the last stage's are freed before this stage's are made
-    run.optimizer = ShardedAdamW(run.policy.named_parameters(), run.cfg.weight_decay, run.cfg.offload)
+    run.optimizer = ShardedAdamW(run.policy.named_parameters(), run.cfg.offload)
     if done:  # resumed within the stage
         run.optimizer.load(run.optimizer_files)
-    else:
-        run.recent = []
     if stage.forms:
         run.load_reference(stage, resumed=done > 0)
     take_step = grpo_step if stage.forms else sft_step
-    run.bar = tqdm(total=stage.steps, initial=done, desc=stage.name, dynamic_ncols=True) \
-        if run.rank == 0 and sys.stderr.isatty() else None
+    run.log.open_bar(stage, done)
     for step in range(done, stage.steps):
-        means = run.log(stage, step, *take_step(run, stage, step))
-        if advance(run, stage, means) or step + 1 == stage.steps:
+        stopping = run.record(stage, step, *take_step(run, stage, step))
+        if step + 1 == stage.steps:
             break
-        stopping = run.stopping or run.ranks == 1 and signals.arrived()  # several ranks agree in `log`
+        stopping = stopping or run.ranks == 1 and signals.arrived()  # several ranks agree in `record`
         if stopping or (step + 1) % run.cfg.save_every == 0:
-            run.save_within(stage, step + 1)
+            run.save(stage, step + 1)
         if stopping:
             raise Stopped
-    if run.bar is not None:
-        run.bar.close()
-
-
-def advance(run, stage, means, window=doubts.WINDOW):
-    """Whether a stage ends early: its mean accuracy reward over `window` steps has reached --advance_at."""
-    run.recent = (run.recent + [means.get("reward/accuracy", 0.0)])[-window:]
-    mean = sum(run.recent) / len(run.recent)
-    reached = bool(run.cfg.advance_at) and len(run.recent) == window and mean >= run.cfg.advance_at
-    if reached:
-        say(f"{stage.name}: mean accuracy reward {mean:.3f} over the last {window} steps, next stage")
-    return reached
+    run.log.close_bar()
 
 
 def self_improve(run, stage, done):
     """Phase 2: sample answers to the questions, judge them, keep the best; returns the kept as SFT examples."""
-    cfg, kept = run.cfg, run.out / f"rejected-{stage.index + 1}.jsonl"
+    cfg, kept = run.cfg, run.directory.out / f"rejected-{stage.index + 1}.jsonl"
     if done:  # fine-tuning has begun on what was kept
         return kept_examples(kept, run.questions)
     say(f"{stage.name}: sampling {cfg.reject_samples} answers to each of {len(run.questions)} questions")
     count = rejection_sample(
-        run.policy, run.processor, run.questions, kept, judge=Judge(cfg.judge_url, cfg.judge_model),
-        samples=cfg.reject_samples, threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
+        run.policy, run.processor, run.questions, kept, judge=judge_of(cfg), samples=cfg.reject_samples,
+        threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
         max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=signals.check)
     passes = stage.steps * cfg.sft_batch / max(1, count)
     say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of "
         f"{cfg.sft_batch} are {passes:.3g} passes over them")
     if not count:
-        raise RunError(f"{stage.name}: no answer scored above --reject_threshold {cfg.reject_threshold:g}, so there is "
-                       "nothing to fine-tune on")
+        raise RunError(f"{stage.name}: no answer scored above --reject_threshold {cfg.reject_threshold:g}, so "
+                       "there is nothing to fine-tune on")
     return kept_examples(kept, run.questions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def judge_of(cfg):
+    """Who scores the answers of phase 2: the endpoint at --judge_url, or rules."""
+    return EndpointJudge(cfg.judge_url, cfg.judge_model) if cfg.judge_url else Rules()
+
+
+# ----------------------------------------------------------------------------------------------------
 # Command line
 
 

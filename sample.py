@@ -2,7 +2,6 @@
 
     python sample.py answer --model RUN/stages/3-open --image photo.jpg --question "Where is the dog?" --task detection
     python sample.py evaluate --model RUN/stages/3-open --data test.jsonl --samples 8
-    python sample.py compare RUN_A RUN_B
 
 The engine that generates (`load_policy`, `generate`) is in engine.py.
 """
@@ -11,7 +10,9 @@ import argparse
 import hashlib
 import json
 import math
+import operator
 import os
+import re
 import sys
 import threading
 from collections import Counter
@@ -22,18 +23,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from answers import extract_answer, parse_boxes
-from data import FORMS, Example, load_examples, load_image, model_size
-from distributed import RunError, UserError, gather, say, world
+from data import load_examples, model_size
 from engine import Prompts, generate, load_policy
-from rewards import format_reward, is_correct, paid
-from tasks import TASKS
-from tools.flags import check_values
-from tools.judge import Judge
-from tools.terminal import terminal
+from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward
+from support.answers import extract_answer, parse_boxes, parse_verdict
+from support.drawing import view
+from support.files import read_jsonl
+from support.flags import check_values
+from support.images import load_image
+from support.numbers import parse_number, same_number
+from support.ranks import gather, world
+from support.words import RunError, UserError, command, say
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -81,8 +83,8 @@ def prediction(example, completion, temperature):
     return {"image": example.images[0] if example.images else None, "problem": example.problem,
             "solution": example.solution, "task": example.task, "form": example.form, "split": example.split,
             "where": example.where, "size": example.size, "temperature": temperature, "completion": completion.text,
-            "answer": extract_answer(completion.text), "correct": bool(paid(is_correct, completion.text, example)),
-            "format": paid(format_reward, completion.text, example), "tokens": len(completion.tokens),
+            "answer": extract_answer(completion.text), "correct": bool(safe_reward(is_correct, completion.text, example)),
+            "format": safe_reward(format_reward, completion.text, example), "tokens": len(completion.tokens),
             "truncated": completion.truncated}
 
 
@@ -107,8 +109,111 @@ def summarize(predictions, samples):
     return {split: {task: figures(groups) for task, groups in tasks.items()} for split, tasks in splits.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# The quality score
+
+MAX_THINKING = 20_000                   # characters, at the end of the reasoning, that quality_parts looks at
+QUALITY = {"accuracy": 50, "consistency": 20, "format": 15, "fluency": 15}      # points, 100 in all
+KEEP_ABOVE = 85                         # paper: what scores more is kept; so no criterion may be missed altogether
+MAX_REASONS = 1500                      # tokens; longer reasoning is padding
+TOKENS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[0-9]+(?:[.,/:][0-9]+)*%?|"
+                    r"[^\W\d_]+(?:['’][^\W\d_]+)?|=")
+
+
+NEGATIONS = {"not", "never", "no", "isn't", "cannot", "can't", "aren't", "wrong", "不", "非", "没"}
+CONCLUDES = {"=", "is", "so", "are", "makes", "make", "equals", "therefore", "thus", "hence", "answer", "total", "是",
+             "为", "得"}
+
+
+FILLERS = CONCLUDES | NEGATIONS | set(
+    "a an the i we you it they this that there be was of to in on at by for with and or but as just then ok okay well "
+    "yes think guess idea maybe perhaps probably certainly sure surely must know say said right correct true".split())
+
+
+def quality_score(completion, example):
+    """0..100, by rules where the paper asks a model: parts by weight; at most KEEP_ABOVE for a wrong answer.
+
+    Above KEEP_ABOVE is a right answer in format whose reasoning has some substance and does not speak against it. Of
+    several the one with more to say, said once, scores higher. Rules cannot tell whether a reason is true.
+    """
+    parts = quality_parts(completion, example)
+    score = float(sum(QUALITY[name] * part for name, part in parts.items()))
+    right = parts["accuracy"] == 1.0
+    return score if right else min(score, float(KEEP_ABOVE))
+
+
+def quality_parts(completion, example):
+    """The four criteria, each in [0, 1]: {"accuracy": .., "consistency": .., "format": .., "fluency": ..}."""
+    thinking = completion.partition("<think>")[2].partition("</think>")[0]
+    said, answer = tokens(thinking[-MAX_THINKING:]), extract_answer(completion) or ""
+    return {"accuracy": accuracy_reward(completion, example, partial_credit=0.0),
+            "consistency": consistency(said, answer, tokens(getattr(example, "problem", "")[:MAX_THINKING])),
+            "format": format_reward(completion, example), "fluency": fluency(said)}
+
+
+def tokens(text):
+    """Lower-case words, numbers and "="; of scripts without spaces each character: "So 3+4 = 7." -> so 3 4 = 7."""
+    return TOKENS.findall(text.lower())
+
+
+def consistency(said, answer, asked=()):
+    """1 if the reasoning ends in the answer, 0 if it denies it or ends in another one. Lists of tokens.
+
+    Else it does not name the answer: 0.6 if it speaks of the question (`asked`), 0.3 if not. Answer "7": "so 3 + 4 = 7"
+    -> 1; "three and four" -> 0.6; "so it is 8", "it is not 7", "6 7 8" -> 0. The question's numbers may stand anywhere.
+    """
+    if not said or not answer:
+        return 0.0
+    silent = 0.6 if not asked or set(said) & set(asked) - FILLERS else 0.3
+    end, parts = said[-60:], tokens(answer)
+    read, same = (parse_verdict, operator.eq) if parse_verdict(answer) is not None else (parse_number, same_number)
+    value = read(answer)
+    if value is None or not parts:
+        places = [i for i, word in enumerate(said) if word in parts[-1:]]
+        return silent if not set(parts) <= set(said) else 0.0 if places and denied(said, places[-1]) else 1.0
+    found = [(i, other) for i in range(len(end)) for text in (" ".join(end[i:i + 2]), end[i])
+             if (other := read(text)) is not None and not (text != end[i] and read(end[i]) is None)]
+    agree = [i for i, other in found if same(value, other)]
+    inside = {i + n for i in agree for n in range(len(parts))}
+    against = [i for i, other in found if not same(value, other) and end[i] not in asked and i not in inside]
+    concluded = [i for i in against if CONCLUDES & set(end[max(0, i - 2):i])]
+    if not agree:
+        return 0.0 if against else silent
+    return 0.0 if against and against[-1] > agree[-1] or denied(end, agree[-1]) or len(concluded) > len(agree) else 1.0
+
+
+def denied(said, place):
+    """Whether one of the three tokens before a place is a negation: "certainly not 12"."""
+    return bool(NEGATIONS & set(said[max(0, place - 3):place]))
+
+
+def fluency(said):
+    """How much is said, and once: content words (5 are enough) times the share of distinct word triples.
+
+    0 where there is next to no content ("so 12"), where a quarter of the triples comes again (a text said twice), where
+    a long text repeats no word or hardly another (random words), and where it goes on and on.
+    """
+    content, triples = set(said) - FILLERS, list(zip(said, said[1:], said[2:]))
+    distinct = len(set(triples)) / len(triples) if triples else 1.0
+    variety = len(set(said)) / max(1, len(said))
+    if len(content) < 3 or distinct < 0.75 or len(said) > MAX_REASONS or len(said) > 60 and not 0.15 < variety < 0.9:
+        return 0.0
+    return min(1.0, len(content) / 5) * distinct
+
+
+# ----------------------------------------------------------------------------------------------------
 # Rejection sampling
+
+
+class Rules:
+    """The judge of phase 2 that needs no endpoint: `quality_score`. See support/endpoint.py for the other one."""
+    name, problem, stopping = "rules", "", False
+
+    def __call__(self, completion, example):
+        return safe_reward(quality_score, completion, example)
+
+    def probe(self):
+        """Nothing can be wrong with rules."""
 
 
 def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
@@ -120,7 +225,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
     flight, an outage of the judge costs scores, never samples. Returns the number kept. RunError where more than 5 % of
     the scores are missing. (Paper section 3.2; 1,520 of about 12,000 kept there.)
     """
-    judge, out, keys = judge or Judge(), Path(out), question_keys(questions)
+    judge, out, keys = judge or Rules(), Path(out), question_keys(questions)
     judge.probe()
     rank, ranks = world()
     done = gather(answered(out) if rank == 0 else None)[0]  # read before anybody appends
@@ -238,31 +343,8 @@ def kept_examples(path, questions):
     return [replace(by_key[row["question"]], solution=row["messages"][-1]["content"]) for row in rows]
 
 
-def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Command line
-
-
-def results_table(runs):
-    """The results tables of run directories, as text, side by side."""
-    from tools.pictures import table
-    results = {}
-    for run in runs:
-        file = Path(run) / "results.json"
-        if not file.exists():
-            raise UserError(f"{run} has no results.json; is it a run directory?")
-        results[str(run)] = json.loads(file.read_text())
-    return table(results)
 
 
 def answer(args):
@@ -274,7 +356,7 @@ def answer(args):
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        from tools.pictures import view
+        
         size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
         view(args.image[0], size, [("red", boxes)]).save(args.out)
         print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)
@@ -296,8 +378,9 @@ def evaluate_files(args):
     print(f"{len(predictions)} predictions in {args.out}", file=sys.stderr)
 
 
+@command
 def main(argv=None):
-    """`answer`, `evaluate` and `compare`; exits with 2 and a sentence for a user's mistake."""
+    """`answer` and `evaluate`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("answer", help="answer one question, about images or none", allow_abbrev=False)
@@ -312,37 +395,19 @@ def main(argv=None):
     files.add_argument("--form", choices=FORMS, help="form of the questions (default: by the file's name)")
     files.add_argument("--samples", type=int, default=1, help="answers to each question; more than 1 give pass@k")
     files.add_argument("--out", default="predictions.jsonl")
-    runs = commands.add_parser("compare", help="tables and curves of several runs side by side", allow_abbrev=False)
-    runs.add_argument("runs", nargs="+")
-    runs.add_argument("--out", default="compare.png")
-    for command, function in ((one, answer), (files, evaluate_files)):
-        command.add_argument("--model", required=True, help="checkpoint directory or hub name")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's)")
-        command.add_argument("--max_completion_length", type=int, default=512)
-        command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-        command.add_argument("--top_p", type=float, default=1.0, help="sample from so much probability only")
-        command.set_defaults(function=function)
-    runs.set_defaults(function=compare)
+    for each, function in ((one, answer), (files, evaluate_files)):
+        each.add_argument("--model", required=True, help="checkpoint directory or hub name")
+        each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        each.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's)")
+        each.add_argument("--max_completion_length", type=int, default=512)
+        each.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+        each.add_argument("--top_p", type=float, default=1.0, help="sample from so much probability only")
+        each.set_defaults(function=function)
     args = parser.parse_args(argv)
-    try:
-        greedy = {"temperature"} if getattr(args, "temperature", 1) == 0 else set()
-        check_values({name: value for name, value in vars(args).items() if value is not None and name not in greedy})
-        args.function(args)
-    except (UserError, OSError) as error:
-        print(f"sample: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def compare(args):
-    """Print the results of several runs side by side and draw their curves in one picture."""
-    from tools.pictures import curves
-    print(results_table(args.runs))
-    print(curves(args.runs, args.out), file=sys.stderr)
+    greedy = {"temperature"} if args.temperature == 0 else set()
+    check_values({name: value for name, value in vars(args).items() if value is not None and name not in greedy})
+    args.function(args)
 
 
 if __name__ == "__main__":
-    with terminal():
-        main()
+    sys.exit(main())

@@ -7,9 +7,18 @@ from fractions import Fraction
 
 import pytest
 
-import answers
-from answers import assignment, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict, undress
-from tools.numerals import elements, normalize, parse_number, same_math
+from support import answers
+from support.answers import (
+    assignment,
+    iou,
+    matched_iou,
+    parse_boxes,
+    parse_labels,
+    parse_letters,
+    parse_verdict,
+    undress,
+)
+from support.numbers import elements, normalize, parse_number, same_math
 
 
 @pytest.mark.parametrize("kind, truth, wrong", [

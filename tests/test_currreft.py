@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tools.tiny import tiny_checkpoint, tiny_data
 
 import currreft
 import engine
-import run as run_module
-from currreft import Config, Stage, group_advantages, grpo_loss, main
+import support.directory as run_module
+from currreft import Config, Stage, group_advantages, grpo_loss, learning_rate, main, seed_from
 from data import batch_indices, load_data
-from distributed import RunError, ShardedAdamW, UserError, join_ranks
-from run import latest_checkpoint, learning_rate, seed_from
+from support.optimizer import ShardedAdamW
+from support.ranks import join_ranks
+from support.tiny import tiny_checkpoint, tiny_data
+from support.words import RunError, UserError
 
 HERE = Path(__file__).parent
 

@@ -14,13 +14,14 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import data
-import tasks
-from answers import iou, parse_letters
-from data import Example, Processor, derive, load_examples
-from distributed import UserError
-from rewards import accuracy_reward, format_reward
-from tools.images import inspect_image
-from tools.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+import rewards as tasks
+from data import Processor, load_examples
+from forms import derive
+from rewards import Example, accuracy_reward, format_reward
+from support.answers import iou, parse_letters
+from support.images import inspect_image
+from support.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.words import UserError
 
 
 @pytest.fixture(scope="module")

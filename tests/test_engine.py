@@ -7,14 +7,17 @@ import types
 
 import pytest
 import torch
-from tools.tiny import tiny_checkpoint, tiny_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine
-from currreft import grpo_loss, token_logps
-from data import Prompt, UserError, find_files, load_examples
-from engine import forbidden_bias, generate, inverse_cdf, load_policy, pack
+from currreft import grpo_loss
+from data import Prompt, load_examples
+from engine import generate, inverse_cdf, load_policy
+from packed import forbidden_bias, pack, token_logps
+from support.rows import find_files
+from support.tiny import tiny_checkpoint, tiny_data
+from support.words import UserError
 
 LENGTHS = [[3, 7], [5, 1], [9, 9], [2, 4]]  # completions of different lengths, one of them a single token
 

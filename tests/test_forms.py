@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from answers import iou, parse_boxes, parse_labels, parse_letters
-from data import Example, derive, derive_all
-from distributed import UserError
-from tasks import math_accuracy, related, truth_of
+from forms import derive, derive_all
+from rewards import Example, math_accuracy, related
+from support.answers import iou, parse_boxes, parse_labels, parse_letters, truth_of
+from support.words import UserError
 from tools import blind
 from tools.blind import blind_accuracy, candidates, made_examples
 

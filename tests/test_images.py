@@ -9,11 +9,12 @@ import pytest
 from PIL import Image, ImageFile
 
 import data
-from data import Example, Processor, load_examples
-from distributed import RunError, UserError
-from tools import images
-from tools.images import image_sizes, inspect_image, load_image
-from tools.tiny import tiny_checkpoint, tiny_image, write_jsonl
+from data import Processor, load_examples
+from rewards import Example
+from support import images
+from support.images import image_sizes, inspect_image, load_image
+from support.tiny import tiny_checkpoint, tiny_image, write_jsonl
+from support.words import RunError, UserError
 
 HERE = Path(__file__).parent
 

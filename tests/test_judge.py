@@ -6,11 +6,11 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from tools import judge as module
-from tools.judge import Judge, parse_score
 
-from data import Example
-from distributed import UserError
+from rewards import Example
+from support import endpoint as module
+from support.endpoint import parse_score
+from support.words import UserError
 
 RIGHT, CASE = "<think>1 + 1 = 2</think><answer>2</answer>", Example(problem="1 + 1?", solution="<answer>2</answer>")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tools.tiny import tiny_checkpoint, tiny_data
 
 import currreft
 from currreft import main
 from data import load_examples
+from support.tiny import tiny_checkpoint, tiny_data
 
 T, BETA, LR, G, P, LENGTH = 0.7, 0.5, 1e-2, 4, 2, 6
 

@@ -8,13 +8,14 @@ import json
 import re
 
 import pytest
-from tools.tiny import tiny_checkpoint, tiny_image, write_jsonl
 
 import currreft
-from answers import parse_boxes
-from data import UserError, derive, instruction, load_examples
-from rewards import accuracy_reward, format_reward
-from tasks import TASKS, Task, detection_fault, truth_of
+from data import instruction, load_examples
+from forms import derive
+from rewards import TASKS, Task, accuracy_reward, format_reward
+from support.answers import parse_boxes, truth_of
+from support.tiny import tiny_checkpoint, tiny_image, write_jsonl
+from support.words import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import currreft
 import sample
-from distributed import UserError
-from tools.flags import BOUNDS, check_values, parse
-from tools.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.flags import BOUNDS, check_values, parse
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.words import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tools.tiny import tiny_checkpoint, tiny_data
 
-import tools.card as card
 import currreft
+import support.card as card
 import tools.pictures as pictures
 from currreft import Config, main
-from tools.pictures import wilson
-from tools.report import Reporter
+from support.report import Reporter
+from support.tables import wilson
+from support.tiny import tiny_checkpoint, tiny_data
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 
-import answers
 import rewards
-import tasks
-from answers import extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict
-from rewards import accuracy_reward, fluency, format_reward, is_correct, quality_parts, quality_score
-from tools import numerals
-from tools.numerals import parse_number
+import rewards as tasks
+from rewards import accuracy_reward, format_reward, is_correct
+from sample import fluency, quality_parts, quality_score
+from support import answers
+from support import numbers as numerals
+from support.answers import (
+    extract_answer,
+    iou,
+    matched_iou,
+    parse_boxes,
+    parse_labels,
+    parse_letters,
+    parse_verdict,
+)
+from support.numbers import parse_number
 
 
 def example(form, task, solution):

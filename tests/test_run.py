@@ -18,13 +18,13 @@ import torch
 
 import currreft
 import rewards
-import tools.terminal as terminal
+import support.words as terminal
 from currreft import main
-from distributed import RunError, one_line, say
+from support.files import digest
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.warnings import Watch
+from support.words import RunError, one_line, say
 from tools import attack
-from tools.doubts import Watch
-from tools.files import digest
-from tools.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
 
 HERE = Path(__file__).parent
 STAGES = ["--stages", "binary:4", "reject:3", "--save_every", "2", "--keep", "2"]

@@ -7,15 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tools.tiny import tiny_checkpoint, tiny_data
 
 import sample
-from data import Example, find_files, load_examples
-from distributed import RunError, UserError
+from data import load_examples
 from engine import Completion, load_policy
-from rewards import is_correct
-from sample import evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize
-from tools.judge import Judge
+from rewards import Example, is_correct
+from sample import (
+    evaluate,
+    kept_examples,
+    main,
+    pass_at_k,
+    question_keys,
+    rejection_sample,
+    summarize,
+)
+from support.rows import find_files
+from support.tiny import tiny_checkpoint, tiny_data
+from support.words import RunError, UserError
 
 RIGHT, WRONG = "<think>1 + 1 = 2</think><answer>2</answer>", "<think>hm</think><answer>3</answer>"
 CASE = Example(problem="1 + 1?", solution="<answer>2</answer>")

@@ -8,14 +8,14 @@ import pytest
 
 import currreft
 import data
-from answers import parse_labels
 from currreft import main
 from data import load_examples
-from distributed import UserError
-from tasks import truth_of
-from tools import convert, doubts
-from tools.layout import declared_tasks, read_rows
-from tools.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support import warnings as doubts
+from support.answers import parse_labels, truth_of
+from support.rows import declared_tasks, read_rows
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.words import UserError
+from tools import convert
 
 BOXES = '[{"bbox_2d": [21, 14, 42, 28]}]'
 ASK, SAY = "How many boxes are there?", "1"

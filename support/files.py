@@ -7,7 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from distributed import UserError
+from support.words import UserError
 
 BLOCK = 2**24  # bytes that are hashed at a time
 
@@ -54,7 +54,7 @@ def digest(path):
         return hashlib.sha256(b"".join(block.digest() for block in pool.map(hashed, starts))).hexdigest()
 
 
-def fault(folder, files):
+def damage(folder, files):
     """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None if nothing."""
     for name, expected in files.items():
         try:
@@ -97,3 +97,14 @@ def read_record(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
+
+
+def read_jsonl(path):
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

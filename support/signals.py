@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from distributed import RunError, UserError
+from support.words import RunError, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 PATIENCE = 2.0  # seconds in which further signals are the first one's echo: torchrun passes on what the terminal sent to all

@@ -9,7 +9,7 @@ import sys
 import uuid
 from importlib import import_module
 
-from distributed import UserError
+from support.words import UserError
 
 
 class Reporter:

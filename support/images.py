@@ -12,8 +12,9 @@ from pathlib import Path, PureWindowsPath
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from distributed import UserError, gather, say, world
-from tools.files import write_aside
+from support.files import write_aside
+from support.ranks import gather, world
+from support.words import UserError, say
 
 # Not all that Pillow could read: an EPS starts Ghostscript, whatever its name; a TIFF may have 200,000 pages.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")     # a phone's MPO is read as JPEG

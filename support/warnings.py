@@ -1,15 +1,11 @@
-"""What is probably not meant, in data or settings: told, a sentence each, where nothing can be refused."""
+"""What is probably not meant, in data or settings: a sentence each, where nothing can be refused."""
 
 import os
 import re
 
-from answers import parse_letters
-from distributed import say
-from tasks import TASKS, truth_of
-from tools.numerals import elements, parse_number
-from tools.shapes import BOX
-
-WINDOW = 50     # steps that --advance_at looks at
+from support.answers import BOX, parse_letters, truth_of
+from support.numbers import elements, parse_number
+from support.words import say
 
 
 def box_convention(boxes) -> str:
@@ -31,18 +27,14 @@ def box_convention(boxes) -> str:
     return ""
 
 
-def boxes_of(examples, sizes) -> list:
-    """[((x1, y1, x2, y2), (width, height) of the image), ..] of the true boxes of examples in original pixels."""
-    return [(tuple(map(float, numbers)), sizes[example.images[0]]) for example in examples
-            if TASKS[example.task].boxes and example.images and not isinstance(sizes[example.images[0]], str)
-            for _, *numbers in BOX.findall(truth_of(example))]
+def in_a_file(examples, boxes, moved, placed) -> list[str]:
+    """Sentences about the examples of one file, its boxes ([(box, image size), ..]), and images that other machines named.
 
-
-def in_a_file(examples, boxes, moved) -> list[str]:
-    """Sentences about the examples of one file, its boxes (see boxes_of), and its images that other machines named."""
+    placed: names of the tasks whose answers are places in an image.
+    """
     wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
-    loose = [example.where for example in examples if example.images and not TASKS[example.task].boxes
+    loose = [example.where for example in examples if example.images and example.task not in placed
              and any(not mark for mark, *_ in BOX.findall(example.problem))]
     told = [(len(wide) >= 20 and 800 < max(wide) <= 1000,
              f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
@@ -77,12 +69,6 @@ def of_a_run(cfg, examples: dict) -> list[str]:
         if count and (passes := stage.steps * batch / count) > (50 if stage.forms else 10):
             found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} passes over {count} "
                          f"examples, which have {answers} different answers")
-        if cfg.warmup_steps >= stage.steps:
-            found.append(f"stage {stage.label} ends after {stage.steps} steps, within its --warmup_steps "
-                         f"{cfg.warmup_steps}: it never takes a step at its learning rate")
-        if cfg.advance_at and stage.forms and stage.steps <= WINDOW:
-            found.append(f"stage {stage.label}: --advance_at looks at {WINDOW} steps, so it cannot end {stage.steps} "
-                         "early")
     return found
 
 
@@ -92,29 +78,39 @@ class Watch:
 
     def __init__(self):
         self.stage, self.rows, self.told = None, [], set()
+        self.rounding = 1e-3  # nats that sampled and scored log-probabilities may be apart on average, in float32
 
-    def __call__(self, cfg, row) -> None:
+    def __call__(self, row) -> None:
         if row["stage_index"] != self.stage:
-            self.__init__()
-            self.stage = row["stage_index"]
+            self.stage, self.rows, self.told = row["stage_index"], [], set()
         self.rows = (self.rows + [row])[-self.STEPS:]
-        if "reward" not in row or len(self.rows) < self.STEPS:
+        if "reward" not in row:
+            return
+        if row["logp_gap"] > self.rounding:
+            self._tell("gap", f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities are "
+                       f"{row['logp_gap']:.2g} apart, far above rounding: the generator samples another distribution "
+                       "than the one that is trained (a repetition penalty, top_p, another temperature, old weights)")
+        if len(self.rows) < self.STEPS:
             return
         mean = {name: sum(row[name] for row in self.rows) / self.STEPS
-                for name in ("reward", "truncated", "equal_groups", "reward/format")}
+                for name in ("reward", "truncated", "equal_groups")}
         last = f"{row['stage']}, the last {self.STEPS} steps:"
-        for name, sign, sentence in (
-                ("truncated", mean["truncated"] > 0.5,
-                 f"{mean['truncated']:.0%} of the completions were cut before their end; raise --max_completion_length "
-                 f"{cfg.max_completion_length}, or start from a model that says less"),
-                ("reward", mean["reward"] == 0, "every reward was 0, so there is nothing to learn from; look at samples.jsonl, "
-                 "and begin with an easier form or with a model that answers in the format"),
-                ("equal", mean["reward"] > 0 and mean["equal_groups"] > 0.9,
-                 f"in {mean['equal_groups']:.0%} of the groups all rewards were equal, and these teach nothing; ask harder "
-                 "questions if they are all right, else easier ones, or raise --num_generations or --temperature")):
-            if sign and name not in self.told:
-                say(f"{last} {sentence}")
-                self.told.add(name)
+        if mean["truncated"] > 0.5:
+            self._tell("truncated", f"{last} {mean['truncated']:.0%} of the completions were cut before their end; raise "
+                       "--max_completion_length, or start from a model that says less")
+        if mean["reward"] == 0:
+            self._tell("reward", f"{last} every reward was 0, so there is nothing to learn from; look at samples.jsonl, "
+                       "and begin with an easier form or with a model that answers in the format")
+        elif mean["equal_groups"] > 0.9:
+            self._tell("equal", f"{last} in {mean['equal_groups']:.0%} of the groups all rewards were equal, and these "
+                       "teach nothing; ask harder questions if they are all right, else easier ones, or raise "
+                       "--num_generations or --temperature")
+
+    def _tell(self, reason, sentence):
+        """Say a sentence if its reason was not said in this stage."""
+        if reason not in self.told:
+            self.told.add(reason)
+            say(sentence)
 
 
 def same(example) -> tuple:

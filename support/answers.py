@@ -2,9 +2,10 @@
 
 Each reader returns None for what is none, and an answer counts as a whole, never by a part of it: hedging ("yes or
 no"), naming everything and gluing things together read as nothing. What may stand around an answer ($..$, **..**,
-quotes, a full stop) is taken off first. Numbers are read in tools/numerals.py. Text is hostile: whatever the string,
+quotes, a full stop) is taken off first. Numbers are read in support/numbers.py. Text is hostile: whatever the string,
 nothing here raises, is slow or is evaluated.
 """
+
 import json
 import re
 
@@ -28,8 +29,6 @@ def extract_answer(text):
     drafted = before.rfind("<think>") > before.rfind("</think>") and "</think>" in after
     return answer.strip() if closed and not drafted and len(answer) <= MAX_ANSWER else None
 
-
-# ---- Words, verdicts, letters, labels ----
 
 DRESS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("“", "”"),
          ("'", "'"), *((rf"\{name}{{", "}") for name in "boxed fbox text textbf mathrm mathbf mbox".split())]
@@ -100,8 +99,6 @@ def parse_labels(text):
     return list(first.values())
 
 
-# ---- Boxes ----
-
 def parse_boxes(text):
     """List of boxes (x1, y1, x2, y2) in pixels; [] for "no objects"; None for anything else.
 
@@ -171,3 +168,13 @@ def assignment(cost):
             row_of[column] = start if previous < 0 else row_of[previous]
             column = previous
     return np.array([int(np.flatnonzero(row_of == row)[0]) for row in range(n)])
+
+
+def truth_of(example):
+    """The true answer: the text in the only <answer>..</answer> of example.solution, or all of one without tags."""
+    answer = extract_answer(example.solution)
+    return example.solution.strip() if answer is None else answer
+
+
+BOX = re.compile(r'("bbox_2d"\s*:\s*)?\[\s*{n}\s*,\s*{n}\s*,\s*{n}\s*,\s*{n}\s*\]'.format(    # (mark, four numbers)
+    n=r"(-?\d{1,6}(?:\.\d+)?(?:[eE][+-]?\d{1,2})?)"))

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from answers import END, MAX_ANSWER, parse_letters, undress
+from support.answers import END, MAX_ANSWER, parse_letters, undress
 
 MAX_NUMBER = 120                        # characters; a longer number is none
 MAX_TOKENS, MAX_DEPTH, MAX_POWER = 60, 8, 60    # of a number

@@ -4,17 +4,60 @@
 image processor those of one trainable Qwen2.5-VL? `check_weights`: are all of its numbers there, and nothing else?
 """
 
+import resource
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from data import checkpoint_folder, render
-from distributed import UserError
+from support.words import UserError
 
+TEXTS = ["*.json", "*.jinja", "*.txt"]                  # what a checkpoint has beside its weights
 ASKED = "What is 3 plus 4?", "It is 7.", "What color is the box?"
 TAGGED = "<think>3</think><answer>4</answer>"
 TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
 FLOATS = {"F32", "F16", "BF16"}
+
+
+def checkpoint_folder(path) -> Path:
+    """The directory of a checkpoint; of a hub name that of its newest revision, where small files are fetched to."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=TEXTS))
+
+
+def checkpoint_files(path) -> dict[str, bytes]:
+    """Configs, tokenizer and templates of a checkpoint directory or hub name: {file name: content}."""
+    folder = checkpoint_folder(path)
+    return {file.name: file.read_bytes() for kind in TEXTS for file in folder.glob(kind)
+            if file.name != "state.json" and not file.name.endswith(".index.json")}     # an index names other weights
+
+
+def render(tokenizer, messages: list[dict], ask: bool = True) -> str:
+    """Chat messages as the template writes them; `ask`: with the beginning of the answer. UserError if it cannot."""
+    try:
+        with limits("the chat template of the base model"):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except UserError:
+        raise
+    except Exception as error:                          # not narrower: a template may raise anything
+        raise UserError(f"the chat template of the base model fails: {str(error).split(chr(10))[0]}") from error
+    if len(text) > 10_000_000:
+        raise UserError(f"the chat template of the base model makes {len(text):,} characters of a chat.")
+    return text
+
+
+def places_images(tokenizer) -> bool:
+    """Whether the chat template has a place for an image; that of Qwen's text models fails on a list of parts."""
+    try:
+        return "<|image_pad|>" in render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}])
+    except UserError as error:
+        if isinstance(error.__cause__, TimeoutError | MemoryError):
+            raise
+        return False
 
 
 def named(names, most=3):
@@ -98,3 +141,28 @@ def not_finite(model):
 def first_line(error):
     """What an error of a library says first, or its kind if it says nothing."""
     return next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
+
+
+@contextmanager
+def limits(what, seconds=5.0, memory=2**30):
+    """UserError, which begins with `what`, if the body takes longer, or `memory` bytes more than the process has."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+
+    def late(*_):
+        raise TimeoutError
+    before, (soft, hard) = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+    pages, statm = resource.getpagesize(), Path("/proc/self/statm")  # Linux; elsewhere time alone is bounded
+    bound = int(statm.read_text().split()[0]) * pages + memory if statm.exists() else soft
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))
+    try:
+        yield
+    except (TimeoutError, MemoryError) as error:
+        limit = f"{seconds:g} seconds" if isinstance(error, TimeoutError) else f"{memory / 2**20:.0f} MiB of memory"
+        raise UserError(f"{what} takes more than {limit}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from data import Example, instruction
-from tools.pictures import wilson
-from sample import read_jsonl
+from support.files import read_jsonl, write_aside
+from support.tables import wilson
 
 HIDDEN = {"model", "data", "image_root", "out", "questions", "judge_url", "resume", "allow_changes", "report_to"}
 
@@ -107,7 +106,7 @@ def trained_on(run, stage, steps):
     rows = run.examples.get(stage.name, [])
     count = len(rows)
     if stage.name == "reject":
-        rows, kept = run.questions, run.out / f"rejected-{stage.index + 1}.jsonl"
+        rows, kept = run.questions, run.directory.out / f"rejected-{stage.index + 1}.jsonl"
         count = len(read_jsonl(kept))
     files = Counter(Path(example.where.rpartition(":")[0]).name for example in rows)
     told = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
@@ -117,7 +116,7 @@ def trained_on(run, stage, steps):
 
 def stage_table(run, last):
     """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
-    logged = [row["stage_index"] for row in read_jsonl(run.out / "metrics.jsonl")]
+    logged = [row["stage_index"] for row in read_jsonl(run.directory.out / "metrics.jsonl")]
     done = [(stage, logged.count(stage.index)) for stage in run.cfg.curriculum[:last.index + 1]]
     return "\n".join(" | ".join([f"| {stage.label}", f"{steps} of {stage.steps}", *trained_on(run, stage, steps)]) + " |"
                      for stage, steps in done)
@@ -133,7 +132,7 @@ def setting_table(cfg):
 
 def result_table(run, label):
     """Accuracies of this checkpoint beside the base model's, as results.json has them."""
-    file = run.out / "results.json"
+    file = run.directory.out / "results.json"
     rows = {row["name"]: row["splits"] for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
     if label not in rows:
         return "Not evaluated: the data held no test questions."
@@ -160,23 +159,23 @@ def commit():
         return "unknown"
 
 
-def card(run, stage):
-    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage."""
+def card(run, stage, instruction):
+    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see write_cards."""
     hub, base = base_model(run.cfg.model)
-    detection = Example(problem="", solution="", task="detection")
     return CARD.format(
         front=front_matter(hub), title=f"Curr-ReFT, {stage.label}", number=stage.index + 1,
         total=len(run.cfg.curriculum), base=base, stages=stage_table(run, stage), settings=setting_table(run.cfg),
-        results=result_table(run, stage.label), instruction=repr(instruction(detection)),
+        results=result_table(run, stage.label), instruction=repr(instruction),
         tokens=run.cfg.max_completion_length, torch=torch.__version__, transformers=transformers.__version__,
         commit=commit())
 
 
-def write_cards(run, write):
+def write_cards(run, instruction):
     """README.md for every finished stage that has none: also for one whose run was killed before its card was written.
 
-    `write(path, text)` writes a file so that it is complete or absent.
+    instruction: what a prompt of open detection ends with, for the example of its use.
     """
     for stage in run.cfg.curriculum:
-        if run.stage_dir(stage.index).exists() and not (readme := run.stage_dir(stage.index) / "README.md").exists():
-            write(readme, card(run, stage))
+        folder = run.directory.stage_end(stage.index)
+        if folder.exists() and not (folder / "README.md").exists():
+            write_aside(folder / "README.md", card(run, stage, instruction))

@@ -1,0 +1,321 @@
+"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation and no task.
+
+    RUN/config.json         settings, data and base model that the run was begun with
+    RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions (support/log.py)
+    RUN/results.json        one row an evaluation; RUN/predictions/ROW.jsonl has every answer of it
+    RUN/checkpoints/N       to resume from: weights, optimizer, log and state after N steps; the last two of them
+    RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
+    RUN/rejected-N.jsonl    what rejection sampling kept for stage N
+
+Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's state.json has a
+digest of each of its files, and is believed only if all of them fit; else the one before is taken. What a run wrote
+after the checkpoint that it continues from is taken back: it will be written again.
+
+A run is made of its settings, the bytes of its data, images and base model, and the code: told by name where they differ.
+Paths are no content: a copy of the same bytes elsewhere is no change.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from support.base import checkpoint_folder
+from support.files import (
+    clear_leftovers,
+    damage,
+    digest,
+    read_jsonl,
+    read_record,
+    sync,
+    write_aside,
+    write_record,
+)
+from support.ranks import gather, world
+from support.words import RunError, UserError, say
+
+KEPT_CHECKPOINTS = 2  # within a stage; the end of every stage is kept in any case
+CODE = Path(__file__).resolve().parent.parent
+# Settings that change time, memory, places and what is shown, and nothing else: a resumed run may have others.
+HARMLESS = {
+    "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes", "save_every",
+    "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url", "judge_model"}
+
+
+class RunDirectory:
+    """RUN on disk. `stages` as they are written ("binary:600"), `labels` the names of their ends ("1-binary")."""
+
+    def __init__(self, out, stages, labels):
+        self.out, self.stages, self.labels = Path(out), list(stages), list(labels)
+
+    def stage_end(self, index):
+        """Where the end of a stage is kept."""
+        return self.out / "stages" / self.labels[index]
+
+    def checkpoint(self, global_step):
+        """Where a checkpoint within a stage is kept."""
+        return self.out / "checkpoints" / f"{global_step:07d}"
+
+    def last_checkpoint(self):
+        """What a sentence calls the checkpoint that a run would be resumed from."""
+        return next((path for path, _ in self.checkpoints()[0]), "the base model")
+
+    # ---- Write a checkpoint ----
+
+    def save(self, path, state, policy, processor, optimizer=None, rests_on=()):
+        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens meanwhile.
+
+        state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here would read.
+        All ranks call it together; RunError on all of them if any could not write its share.
+        """
+        aside = path.with_name(f".writing-{path.name}")
+        if world()[0] == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        gather(None)  # the folder exists for everybody
+        problem, files = None, {}
+        try:
+            files = self._write_share(aside, policy, processor, optimizer)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of them
+            problem = f"{path} could not be written ({str(error).splitlines()[0]})"
+        shares = gather((problem, files))
+        if problems := [problem for problem, _ in shares if problem]:
+            if world()[0] == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise RunError(f"{problems[0]}. Make room and continue with --resume; the last complete checkpoint is "
+                           f"{self.last_checkpoint()}.")
+        if world()[0] == 0:
+            write_record(aside / "state.json", {
+                **state, "stages": self.stages, "rests_on": {
+                    os.path.relpath(file, self.out): digest(file) for file in rests_on},
+                "files": {name: value for _, share in shares for name, value in share.items()}})
+            sync(aside)
+            if path.exists():
+                shutil.rmtree(path)
+            aside.rename(path)
+            sync(path.parent)
+            for old in sorted((self.out / "checkpoints").glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+        gather(None)
+
+    def _write_share(self, folder, policy, processor, optimizer):
+        """Write this rank's files of a checkpoint; returns {name: digest} of them."""
+        rank = world()[0]
+        mine = [folder / f"optimizer-{rank}.pt"] if optimizer else []
+        if mine:
+            torch.save(optimizer.state_dict(), mine[0])
+        if rank == 0:
+            policy.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            shutil.copyfile(self.out / "metrics.jsonl", folder / "metrics.jsonl")
+            mine += [file for file in folder.iterdir() if not file.name.startswith("optimizer-")]
+        for file in mine:
+            file.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
+            sync(file)
+        return {file.name: digest(file) for file in mine}
+
+    # ---- Find where to go on ----
+
+    def checkpoints(self):
+        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the others])."""
+        found, faults = [], []
+        for folder in ("checkpoints", "stages"):
+            for path in self.out.glob(f"{folder}/[0-9]*"):
+                try:
+                    found.append((path, read_record(path / "state.json")))
+                except UserError as error:
+                    faults.append(str(error))
+        return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
+
+    def whole_checkpoint(self):
+        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says which are not."""
+        found, faults = self.checkpoints()
+        for sentence in faults:
+            say(f"{sentence}; that checkpoint is left out")
+        for path, state in found:
+            problem = damage(path, state["files"]) or damage(self.out, state["rests_on"])
+            if not problem:
+                return path, state
+            say(f"{path} is damaged ({problem}); the checkpoint before it is taken")
+        if found or faults:
+            say(f"no checkpoint of {self.out} is whole: the run starts again from the base model")
+        return None
+
+    def find(self, settings, made_of, base):
+        """(path, state, record, changed): where the run begins or goes on, for all ranks. Writes nothing.
+
+        settings: {field: value} of Config; made_of: see `made_of`; base: path of the base model. UserError if --out
+        cannot be begun or continued, or if something has changed and --allow_changes is not given.
+        """
+        answer = None
+        if world()[0] == 0:
+            record, changed = self._compare(settings, made_of)
+            path, state = self.whole_checkpoint() or (base, {"stage": 0, "stage_step": 0, "stages": [], "files": {}})
+            self._check_stages(state)
+            answer = path, state, record, changed
+        path, state, record, changed = gather(answer)[0]
+        if not all(gather(not state["files"] or Path(path).exists())):
+            raise UserError(f"--out {self.out} must be a directory that all nodes share; {path} is not on all of them")
+        return path, state, record, changed
+
+    def _compare(self, settings, made_of):
+        """The record for config.json, and sentences on what in it has changed since the run was begun."""
+        out, file = self.out, self.out / "config.json"
+        record = json.loads(json.dumps({**settings, "made_of": made_of, "changes": []}))
+        if blocked := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+            raise UserError(f"--out {out} cannot be a directory: {blocked} is a file")
+        if not file.exists():
+            there = [path.name for path in out.iterdir()] if out.exists() else []
+            if any(not name.startswith(".writing-") for name in there):  # which a start that was killed may leave
+                raise UserError(f"--out {out} exists and is not empty, and has no config.json of a run; name another "
+                                "directory")
+            if settings["resume"] and not there:
+                raise UserError(f"--out {out} holds no run to resume; begin one without --resume")
+            return record, []
+        if not settings["resume"]:
+            raise UserError(f"--out {out} holds a run already; continue it with --resume or name another directory")
+        try:
+            before = read_record(file)
+            record["changes"], changed = before["changes"], differences(before, record)
+        except UserError as error:
+            changed = [str(error)]
+        if changed and not settings["allow_changes"]:
+            raise UserError("this is not what the run was begun with:\n  " + "\n  ".join(changed) + "\nResume with what "
+                            "it had, or accept the changes with --allow_changes; they are written down")
+        for sentence in changed:
+            say(f"accepted: {sentence}")
+        return record, changed
+
+    def _check_stages(self, state):
+        """UserError unless --stages has the finished stages as they were, and room for the one that is under way."""
+        was, now, n = list(state["stages"]), self.stages, state["stage"]
+        for i in range(n):
+            if was[i] != (now[i] if i < len(now) else ""):
+                raise UserError(f"--out {self.out}: stage {i + 1} is finished as {was[i]}, and --stages has "
+                                f"{now[i] if i < len(now) else 'nothing'} in its place. Leave it as it was; what is to "
+                                "be trained besides is a stage of its own after the finished ones")
+        if state["stage_step"]:
+            name, _, steps = (now[n] if n < len(now) else ":0").partition(":")
+            if name != was[n].partition(":")[0] or int(steps) < state["stage_step"]:
+                raise UserError(f"--out {self.out}: stage {n + 1} has taken {state['stage_step']} steps as {was[n]}, "
+                                f"and --stages has {now[n] if n < len(now) else 'nothing'} in its place")
+
+    # ---- Go on ----
+
+    def begin(self, path, state, record, changed):
+        """Make the directory what it was at a checkpoint: what is later will be written again. Rank 0 alone.
+
+        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was made.
+        """
+        step = state.get("global_step", 0)
+        self.out.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(self.out)
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        if step:
+            write_aside(self.out / "metrics.jsonl", (Path(path) / "metrics.jsonl").read_text("utf-8"))
+        samples = self.out / "samples.jsonl"
+        if samples.exists():
+            rows = [row for row in read_jsonl(samples) if row.get("step", step + 1) <= step]
+            write_aside(samples, "".join(json.dumps(row) + "\n" for row in rows))
+        stages = state["stage"] + (not changed or state["stage_step"] > 0)  # whose kept answers are still right
+        for file in self.out.glob("rejected-[0-9]*"):
+            if int(file.name.split("-")[1].split(".")[0]) > stages:
+                file.unlink()
+        rows = state.get("results", [])
+        if (self.out / "results.json").exists() and not state["stage_step"]:
+            own = self.labels[state["stage"] - 1] if state["stage"] else "base"
+            try:
+                rows = rows + [row for row in read_record(self.out / "results.json")["rows"] if row["name"] == own]
+            except UserError as error:
+                say(f"{error}; what it said since the checkpoint is found out again")
+        write_record(self.out / "results.json", {"rows": rows})
+        if changed:
+            record["changes"].append({"after_step": step, "changed": changed})
+        write_record(self.out / "config.json", record)
+        return rows
+
+    def write_results(self, rows, predictions):
+        """results.json, and the answers that its last row was counted from. Rank 0 alone."""
+        file = self.out / "predictions" / f"{rows[-1]['name']}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_aside(file, "".join(json.dumps(row) + "\n" for row in predictions))
+        write_record(self.out / "results.json", {"rows": rows})
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+# ---- What a run is made of ----
+
+def made_of(model, data, image_root, files, images):
+    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of what a run uses.
+
+    files, images: paths of data files and images, told relative to `data` and `image_root` where they lie in them.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        images = sorted(images)
+        return {"data": {told_as(file, data): digest(file) for file in sorted(files)},
+                "images": dict(zip((told_as(image, image_root) for image in images), pool.map(digest, images))),
+                "model": model_digest(model), "code": code_digest()}
+
+
+def told_as(file, folder):
+    """The path of a file relative to `folder` where it lies in it, else its name."""
+    relative = os.path.relpath(file, folder or ".")
+    return os.path.basename(file) if relative.startswith("..") else relative
+
+
+def model_digest(path):
+    """{file: digest} of a model directory, of a file above 16 MiB of a sample; or {"revision": commit} of a hub name."""
+    folder = checkpoint_folder(path)
+    if not Path(path).is_dir():
+        return {"revision": folder.name}
+    return {file.name: sample_digest(file) for file in sorted(folder.iterdir())
+            if file.suffix in (".json", ".jinja", ".txt", ".safetensors")}
+
+
+def sample_digest(path, piece=2**20, pieces=64):
+    """A digest of a file of any size that reads 65 MiB at most: training changes every part of a model.
+
+    Its size, its first MiB (of weights: names, types and shapes) and 64 more MiB spread over it. Another model is found
+    in a second; a single flipped bit of 7 GB may not be.
+    """
+    size = os.path.getsize(path)
+    if size <= 2**24:
+        return digest(path)
+    total = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(pieces + 1):
+            file.seek(i * (size - piece) // pieces)
+            total.update(file.read(piece))
+    return total.hexdigest()
+
+
+def code_digest():
+    """{"project": digest of the files that a run executes, "torch": version, "transformers": version}."""
+    total = hashlib.sha256()
+    for file in sorted([*CODE.glob("*.py"), *CODE.glob("support/*.py")]):
+        total.update(file.read_bytes())
+    return {"project": total.hexdigest()[:16], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def differences(before, now):
+    """Sentences on how two records differ; a record is settings and "made_of"."""
+    found = [f"--{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items()
+             if name not in (*HARMLESS, "made_of", "changes") and before.get(name) != value]
+    for part, files in now["made_of"].items():
+        was = before["made_of"].get(part, {})
+        changed = [name for name in sorted(was | files) if was.get(name) != files.get(name)]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            words = [f"{name} {'is new' if name not in was else 'is gone' if name not in files else 'has changed'}"
+                     for name in changed[:3]]
+            found.append(f"{part}: {', '.join(words)}{more}")
+    return found
