@@ -51,14 +51,7 @@ import torch.distributed as dist
 import transformers
 
 from data import (
-    Processor,
-    Prompt,
-    batch_indices,
-    instruction,
-    load_data,
-    refuse_long_prompts,
-    taught,
-)
+    Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
 from engine import generate, load_policy
 from packed import forbidden_bias, image_features, pack, token_logps
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward
@@ -78,7 +71,6 @@ from support.signals import Stopped, ending, signals
 from support.tables import results_table
 from support.words import RunError, UserError, say, terminal
 
-DETECTION = instruction(Example(problem="", solution="", task="detection"))  # shown in model cards
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to it
 
 
@@ -499,7 +491,7 @@ class Run:
     # ---- Log, save, resume, evaluate ----
 
     def record(self, stage, step, sums, seconds):
-        """Log a step over all ranks; returns whether a signal has arrived on any, so that all stop together."""
+        """Log a step over all ranks; returns the signal that has arrived on any, so that all stop."""
         totals, slowest, stopping = over_ranks(sums, seconds, signals.arrived())
         self.global_step += 1
         if self.rank == 0:
@@ -533,9 +525,7 @@ class Run:
         """
         cfg = self.cfg
         used = [e for rows in (*self.examples.values(), self.tests, self.questions) for e in rows]
-        made = made_of(cfg.model, cfg.data, cfg.image_root or cfg.data,
-                       {e.where.rpartition(":")[0] for e in used},
-                       {image for e in used for image in e.images}) if self.rank == 0 else None
+        made = made_of(cfg, used) if self.rank == 0 else None
         path, state, record, changed = self.directory.find(dataclasses.asdict(cfg), made, cfg.model)
         self.load_weights(path)
         for name in self.SAVED:
@@ -560,6 +550,12 @@ class Run:
             self.log.report.results(self.global_step, splits)
 
 
+    def write_cards(self):
+        """README.md of every finished stage."""
+        if self.rank == 0:
+            write_cards(self, instruction(Example(problem="", solution="", task="detection")))
+
+
 def seed_from(*numbers):
     """A 63-bit seed from any numbers, alike on every machine: seed_from(0, 1) != seed_from(1, 0)."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
@@ -579,21 +575,21 @@ def learning_rate(cfg, stage, step, base):
 def train(cfg):
     """The whole run: data, evaluation of the base, stage after stage with its checkpoint and evaluation."""
     run = begin(cfg)
-    reached, done = run.resume()
-    if not done:  # nothing is done twice: a row of results that is there already is left alone
-        run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
-    for stage in cfg.curriculum[reached:]:
-        if run.rank == 0:
-            write_cards(run, DETECTION)  # of the stage before, now that it is evaluated
-        done = done if stage.index == reached else 0
-        if stage.name == "reject":
-            run.examples["reject"] = self_improve(run, stage, done)
-        with signals.held():
-            train_stage(run, stage, done)
-            run.save(stage)
-        run.evaluate(stage.label)
+    with run.directory:  # nobody else's until the end
+        reached, done = run.resume()
+        if not done:  # nothing is done twice: a row of results that is there already is left alone
+            run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
+        for stage in cfg.curriculum[reached:]:
+            run.write_cards()  # of the stage before, now that it is evaluated
+            done = done if stage.index == reached else 0
+            if stage.name == "reject":
+                run.examples["reject"] = self_improve(run, stage, done)
+            with signals.held():
+                train_stage(run, stage, done)
+                run.save(stage)
+            run.evaluate(stage.label)
+        run.write_cards()
     if run.rank == 0:
-        write_cards(run, DETECTION)
         print(f"{results_table([run.directory.out])}\nmodel    {run.directory.stage_end(-1)}\n"
               f"metrics  {run.directory.out / 'metrics.jsonl'}")
 
@@ -643,7 +639,7 @@ def train_stage(run, stage, done):
         if stopping or (step + 1) % run.cfg.save_every == 0:
             run.save(stage, step + 1)
         if stopping:
-            raise Stopped
+            raise Stopped(stopping)
     run.log.close_bar()
 
 

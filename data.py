@@ -21,9 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+    Qwen2VLImageProcessorPil, smart_resize)
 
 from forms import derive_all
 from rewards import FORMS, TASKS, Example, resize_boxes, task_of
@@ -33,16 +31,8 @@ from support.base import checkpoint_files, places_images, render
 from support.images import image_roots, image_sizes, load_image, opened, rerooted, resolve_image
 from support.ranks import gather, world
 from support.rows import (
-    bare,
-    check_names,
-    declared_tasks,
-    find_files,
-    form_of,
-    one_row,
-    read_rows,
-    row_task,
-    tell_faults,
-)
+    bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task,
+    tell_faults)
 from support.words import RunError, UserError, say
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 401_408               # of a resized image: 4 to 512 image tokens

@@ -15,6 +15,7 @@ A run is made of its settings, the bytes of its data, images and base model, and
 Paths are no content: a copy of the same bytes elsewhere is no change.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -28,15 +29,7 @@ from safetensors import SafetensorError
 
 from support.base import checkpoint_folder
 from support.files import (
-    clear_leftovers,
-    damage,
-    digest,
-    read_jsonl,
-    read_record,
-    sync,
-    write_aside,
-    write_record,
-)
+    clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
 from support.ranks import gather, world
 from support.words import RunError, UserError, say
 
@@ -49,10 +42,27 @@ HARMLESS = {
 
 
 class RunDirectory:
-    """RUN on disk. `stages` as they are written ("binary:600"), `labels` the names of their ends ("1-binary")."""
+    """RUN on disk; within `with`, one process' own. `stages` as written ("binary:600"), `labels` of their ends ("1-binary")."""
 
     def __init__(self, out, stages, labels):
         self.out, self.stages, self.labels = Path(out), list(stages), list(labels)
+        self.lock = None  # an open file; the kernel gives a lock back at any death
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.close()
+
+    def _take(self):
+        """Keep every other process out of the directory, from now on. Rank 0 alone."""
+        self.lock = self.lock or open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another process runs in it; wait for its end, or name another "
+                            "directory") from None
 
     def stage_end(self, index):
         """Where the end of a stage is kept."""
@@ -100,7 +110,7 @@ class RunDirectory:
                 shutil.rmtree(path)
             aside.rename(path)
             sync(path.parent)
-            for old in sorted((self.out / "checkpoints").glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+            for old in sorted((self.out / "checkpoints").glob("[0-9]*/"))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         gather(None)
 
@@ -126,7 +136,7 @@ class RunDirectory:
         """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the others])."""
         found, faults = [], []
         for folder in ("checkpoints", "stages"):
-            for path in self.out.glob(f"{folder}/[0-9]*"):
+            for path in self.out.glob(f"{folder}/[0-9]*/"):
                 try:
                     found.append((path, read_record(path / "state.json")))
                 except UserError as error:
@@ -155,6 +165,8 @@ class RunDirectory:
         """
         answer = None
         if world()[0] == 0:
+            if (self.out / "config.json").exists():
+                self._take()
             record, changed = self._compare(settings, made_of)
             path, state = self.whole_checkpoint() or (base, {"stage": 0, "stage_step": 0, "stages": [], "files": {}})
             self._check_stages(state)
@@ -168,14 +180,15 @@ class RunDirectory:
         """The record for config.json, and sentences on what in it has changed since the run was begun."""
         out, file = self.out, self.out / "config.json"
         record = json.loads(json.dumps({**settings, "made_of": made_of, "changes": []}))
-        if blocked := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
-            raise UserError(f"--out {out} cannot be a directory: {blocked} is a file")
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--out {out} cannot be a directory: {there} is {'read-only' if there.is_dir() else 'a file'}")
         if not file.exists():
             there = [path.name for path in out.iterdir()] if out.exists() else []
-            if any(not name.startswith(".writing-") for name in there):  # which a start that was killed may leave
+            if any(not name.startswith((".writing-", ".lock")) for name in there):  # which a killed start may leave
                 raise UserError(f"--out {out} exists and is not empty, and has no config.json of a run; name another "
                                 "directory")
-            if settings["resume"] and not there:
+            if settings["resume"]:
                 raise UserError(f"--out {out} holds no run to resume; begin one without --resume")
             return record, []
         if not settings["resume"]:
@@ -215,6 +228,7 @@ class RunDirectory:
         """
         step = state.get("global_step", 0)
         self.out.mkdir(parents=True, exist_ok=True)
+        self._take()
         clear_leftovers(self.out)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         if step:
@@ -254,19 +268,21 @@ os.umask(UMASK)
 
 # ---- What a run is made of ----
 
-def made_of(model, data, image_root, files, images):
-    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of what a run uses.
+def made_of(cfg, examples):
+    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a run uses.
 
-    files, images: paths of data files and images, told relative to `data` and `image_root` where they lie in them.
+    Files and images are named relative to --data and --image_root where they lie in them.
     """
+    files = sorted({example.where.rpartition(":")[0] for example in examples})
+    images = sorted({image for example in examples for image in example.images})
     with ThreadPoolExecutor(8) as pool:
-        images = sorted(images)
-        return {"data": {told_as(file, data): digest(file) for file in sorted(files)},
-                "images": dict(zip((told_as(image, image_root) for image in images), pool.map(digest, images))),
-                "model": model_digest(model), "code": code_digest()}
+        return {"data": {shown_as(file, cfg.data): digest(file) for file in files},
+                "images": dict(zip((shown_as(image, cfg.image_root or cfg.data) for image in images),
+                                   pool.map(digest, images))),
+                "model": model_digest(cfg.model), "code": code_digest()}
 
 
-def told_as(file, folder):
+def shown_as(file, folder):
     """The path of a file relative to `folder` where it lies in it, else its name."""
     relative = os.path.relpath(file, folder or ".")
     return os.path.basename(file) if relative.startswith("..") else relative

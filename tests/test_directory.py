@@ -10,6 +10,7 @@ import torch
 import currreft
 from currreft import main
 from runs import after_step, arguments, begun, letters, outcome, refused
+from support.directory import RunDirectory
 from support.files import digest
 from support.tiny import tiny_checkpoint, tiny_image
 
@@ -228,6 +229,24 @@ def test_weights_that_are_not_finite_are_never_saved(base, tmp_path, capsys):
     assert "weights are not finite" in said and "0000002" in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002"]
     assert not list((tmp_path / "run").glob("stages/*"))
+
+
+def test_a_directory_has_one_run_at_a_time(killed, base, tmp_path, capsys):
+    """Whoever starts the second one, fresh or resumed; no lock outlives its process."""
+    resume, fresh = resumable(killed, base, tmp_path), arguments(base, tmp_path / "new", *STAGES)
+    said = []
+
+    def try_again(run):
+        said.append(refused(capsys, resume))
+    with after_step(5, try_again):
+        main(resume)
+    assert "another process runs in it" in said[0]
+    holder = RunDirectory(tmp_path / "new", (), ())
+    holder.out.mkdir()
+    with holder:
+        holder._take()
+        assert "another process runs in it" in refused(capsys, fresh)
+    main([*fresh, "--stages", "binary:1"])
 
 
 # ---- What a person looks for first ----

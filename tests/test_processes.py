@@ -51,7 +51,16 @@ def test_a_run_of_one_rank_resumes_on_two(uninterrupted, base, tmp_path):
     assert [approximately(row) for row in metrics(uninterrupted[1])] == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_any_rank_ends_all_with_one_sentence(uninterrupted, base, tmp_path):
+    """A node that is drained: the others have no signal of their own."""
+    run = arguments(base, tmp_path / "run", *STAGES)
+    code, said = launch(tmp_path, run, 2, f"step=3 rank=1 signal={signal.SIGTERM.value}")
+    assert code == 143 and "Traceback" not in said and "currreft: stopped by SIGTERM; everything is saved" in said
+    assert launch(tmp_path, [*run, "--resume"], 2)[0] == 0
+    assert outcome(tmp_path / "run") == outcome(uninterrupted[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_says_so_and_has_a_code_of_its_own(number, uninterrupted, base, tmp_path):
     run = arguments(base, tmp_path / "run", *STAGES)
     code, said = launch(tmp_path, run, kill=f"step=3 signal={number.value}")
