@@ -1,4 +1,6 @@
-"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself wrote down."""
+"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself
+wrote down.
+"""
 import dataclasses
 import json
 import re
@@ -86,7 +88,8 @@ def code(value):
 
 
 def base_model(name):
-    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name."""
+    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name.
+    """
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{Path(name).absolute()}/")
     if cached or not Path(name).exists():
         hub = "/".join(cached.groups()) if cached else str(name)
@@ -160,7 +163,9 @@ def commit():
 
 
 def card(run, stage, instruction):
-    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see write_cards."""
+    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see
+    write_cards.
+    """
     hub, base = base_model(run.cfg.model)
     return CARD.format(
         front=front_matter(hub), title=f"Curr-ReFT, {stage.label}", number=stage.index + 1,
@@ -171,7 +176,8 @@ def card(run, stage, instruction):
 
 
 def write_cards(run, instruction):
-    """README.md for every finished stage that has none: also for one whose run was killed before its card was written.
+    """README.md for every finished stage that has none: also for one whose run was killed before its card was
+    written.
 
     instruction: what a prompt of open detection ends with, for the example of its use.
     """

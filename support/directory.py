@@ -1,4 +1,5 @@
-"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation and no task.
+"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation and no
+task.
 
     RUN/config.json         settings, data and base model that the run was begun with
     RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions (support/log.py)
@@ -7,12 +8,12 @@
     RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
     RUN/rejected-N.jsonl    what rejection sampling kept for stage N
 
-Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's state.json has a
-digest of each of its files, and is believed only if all of them fit; else the one before is taken. What a run wrote
-after the checkpoint that it continues from is taken back: it will be written again.
+Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's
+state.json has a digest of each of its files, and is believed only if all of them fit; else the one before is
+taken. What a run wrote after the checkpoint that it continues from is taken back: it will be written again.
 
-A run is made of its settings, the bytes of its data, images and base model, and the code: told by name where they differ.
-Paths are no content: a copy of the same bytes elsewhere is no change.
+A run is made of its settings, the bytes of its data, images and base model, and the code: told by name where
+they differ. Paths are no content: a copy of the same bytes elsewhere is no change.
 """
 
 import fcntl
@@ -35,14 +36,17 @@ from support.words import RunError, UserError, say
 
 KEPT_CHECKPOINTS = 2  # within a stage; the end of every stage is kept in any case
 CODE = Path(__file__).resolve().parent.parent
-# Settings that change time, memory, places and what is shown, and nothing else: a resumed run may have others.
+# Settings that change time, memory, places and what is shown, and nothing else: a resumed run may have
+# others.
 HARMLESS = {
     "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes", "save_every",
     "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url", "judge_model"}
 
 
 class RunDirectory:
-    """RUN on disk; within `with`, one process' own. `stages` as written ("binary:600"), `labels` of their ends ("1-binary")."""
+    """RUN on disk; within `with`, one process' own. `stages` as written ("binary:600"), `labels` of their
+    ends ("1-binary").
+    """
 
     def __init__(self, out, stages, labels):
         self.out, self.stages, self.labels = Path(out), list(stages), list(labels)
@@ -79,10 +83,11 @@ class RunDirectory:
     # ---- Write a checkpoint ----
 
     def save(self, path, state, policy, processor, optimizer=None, rests_on=()):
-        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens meanwhile.
+        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens
+        meanwhile.
 
-        state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here would read.
-        All ranks call it together; RunError on all of them if any could not write its share.
+        state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here
+        would read. All ranks call it together; RunError on all of them if any could not write its share.
         """
         aside = path.with_name(f".writing-{path.name}")
         if world()[0] == 0:
@@ -133,7 +138,9 @@ class RunDirectory:
     # ---- Find where to go on ----
 
     def checkpoints(self):
-        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the others])."""
+        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the
+        others]).
+        """
         found, faults = [], []
         for folder in ("checkpoints", "stages"):
             for path in self.out.glob(f"{folder}/[0-9]*/"):
@@ -144,7 +151,9 @@ class RunDirectory:
         return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
 
     def whole_checkpoint(self):
-        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says which are not."""
+        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says
+        which are not.
+        """
         found, faults = self.checkpoints()
         for sentence in faults:
             say(f"{sentence}; that checkpoint is left out")
@@ -160,8 +169,8 @@ class RunDirectory:
     def find(self, settings, made_of, base):
         """(path, state, record, changed): where the run begins or goes on, for all ranks. Writes nothing.
 
-        settings: {field: value} of Config; made_of: see `made_of`; base: path of the base model. UserError if --out
-        cannot be begun or continued, or if something has changed and --allow_changes is not given.
+        settings: {field: value} of Config; made_of: see `made_of`; base: path of the base model. UserError if
+        --out cannot be begun or continued, or if something has changed and --allow_changes is not given.
         """
         answer = None
         if world()[0] == 0:
@@ -206,7 +215,9 @@ class RunDirectory:
         return record, changed
 
     def _check_stages(self, state):
-        """UserError unless --stages has the finished stages as they were, and room for the one that is under way."""
+        """UserError unless --stages has the finished stages as they were, and room for the one that is under
+        way.
+        """
         was, now, n = list(state["stages"]), self.stages, state["stage"]
         for i in range(n):
             if was[i] != (now[i] if i < len(now) else ""):
@@ -224,7 +235,8 @@ class RunDirectory:
     def begin(self, path, state, record, changed):
         """Make the directory what it was at a checkpoint: what is later will be written again. Rank 0 alone.
 
-        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was made.
+        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was
+        made.
         """
         step = state.get("global_step", 0)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +281,8 @@ os.umask(UMASK)
 # ---- What a run is made of ----
 
 def made_of(cfg, examples):
-    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a run uses.
+    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a
+    run uses.
 
     Files and images are named relative to --data and --image_root where they lie in them.
     """
@@ -289,7 +302,9 @@ def shown_as(file, folder):
 
 
 def model_digest(path):
-    """{file: digest} of a model directory, of a file above 16 MiB of a sample; or {"revision": commit} of a hub name."""
+    """{file: digest} of a model directory, of a file above 16 MiB of a sample; or {"revision": commit} of a
+    hub name.
+    """
     folder = checkpoint_folder(path)
     if not Path(path).is_dir():
         return {"revision": folder.name}
@@ -300,8 +315,8 @@ def model_digest(path):
 def sample_digest(path, piece=2**20, pieces=64):
     """A digest of a file of any size that reads 65 MiB at most: training changes every part of a model.
 
-    Its size, its first MiB (of weights: names, types and shapes) and 64 more MiB spread over it. Another model is found
-    in a second; a single flipped bit of 7 GB may not be.
+    Its size, its first MiB (of weights: names, types and shapes) and 64 more MiB spread over it. Another
+    model is found in a second; a single flipped bit of 7 GB may not be.
     """
     size = os.path.getsize(path)
     if size <= 2**24:

@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are read again."""
+"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are
+read again.
+"""
 
 import hashlib
 import json
@@ -55,7 +57,9 @@ def digest(path):
 
 
 def damage(folder, files):
-    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None if nothing."""
+    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None
+    if nothing.
+    """
     for name, expected in files.items():
         try:
             if digest(Path(folder) / name) != expected:
@@ -79,7 +83,9 @@ def write_record(path, value):
 
 
 def read_record(path):
-    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another one."""
+    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another
+    one.
+    """
     try:
         value = json.loads(Path(path).read_text("utf-8"))
         if value.pop("sha256") != seal(value):
@@ -91,7 +97,8 @@ def read_record(path):
 
 
 def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line."""
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line.
+    """
     rows = []
     for line in Path(path).read_text("utf-8").splitlines():
         try:

@@ -1,9 +1,9 @@
 """How a run ends: what a signal does, and the sentence and exit code of every end.
 
-SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM (a scheduler, torchrun) and the warnings of batch systems are
-one thing: what cannot be cut is finished (a step, a checkpoint), everything is saved, one sentence is said, and the exit
-code is 128 + the signal's number, on all ranks, whichever of them it reached. A second one ends the process at once. A
-rank whose torchrun is gone ends as if the terminal had been closed.
+SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM (a scheduler, torchrun) and the warnings of batch
+systems are one thing: what cannot be cut is finished (a step, a checkpoint), everything is saved, one
+sentence is said, and the exit code is 128 + the signal's number, on all ranks, whichever of them it reached.
+A second one ends the process at once. A rank whose torchrun is gone ends as if the terminal had been closed.
 """
 
 import os
@@ -31,8 +31,8 @@ class Stopped(BaseException):
 class Signals:
     """Which signal has arrived, if any: `with signals:` around a whole run and its last words.
 
-    `with signals.held():` is around what is finished first. Elsewhere the first signal raises Stopped where the program
-    stands, which loses nothing: whatever is written is complete or absent.
+    `with signals.held():` is around what is finished first. Elsewhere the first signal raises Stopped where
+    the program stands, which loses nothing: whatever is written is complete or absent.
     """
 
     def __init__(self):
@@ -63,7 +63,8 @@ class Signals:
 
     @contextmanager
     def held(self):
-        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile."""
+        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile.
+        """
         self.holding = True
         try:
             yield
