@@ -1,32 +1,29 @@
 """Curr-ReFT: curriculum reinforcement fine-tuning of a small vision-language model (arXiv 2503.07065).
 
-Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of
-rising difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never
-gets an open answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
-Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge
-scores every answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on these.
+Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of rising
+difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never gets an
+open answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
+Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge scores
+every answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on these.
 
-This file is the method, from the settings to the run: `Config` and `Stage`, the equations
-(`group_advantages`, `grpo_loss`), one step (`grpo_step`: rollout, assign_rewards, update), the state of a
-run (`Run`), one stage (`train_stage`), all of them (`train`). Beside it: rewards.py pays answers, forms.py
-asks one annotation in three forms, data.py makes prompts, packed.py scores and engine.py samples completions,
-sample.py evaluates and samples for phase 2. What a run stands on is in support/.
+This file is the method: settings (`Config`, `Stage`), the equations (`group_advantages`, `grpo_loss`), one step
+(`grpo_step`: rollout, assign_rewards, update), the state of a run (`Run`), one stage (`train_stage`), all of them
+(`train`). Beside it, rewards.py pays answers, forms.py asks one annotation in three forms, data.py makes prompts,
+packed.py scores and engine.py samples completions, sample.py evaluates and samples for phase 2.
 
 What is left out of GRPO as others do it, and why:
-- No DDP wrapper: every loss is divided by constants of the whole step, and gradients are summed over ranks,
-  so that micro-batches, padding and the number of ranks cannot change the result.
-- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the
-  tokens that no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
-- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no
-  learned value or reward model. docs/departures.md has what differs from paper and released code.
+- No DDP wrapper: losses are divided by constants of the whole step, and gradients are summed over ranks, so that
+  micro-batches, padding and the number of ranks cannot change the result.
+- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the tokens
+  that no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
+- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no learned
+  value or reward model. docs/departures.md has what differs from the paper and from the released code.
 
-Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest
-completion, H hidden size, V vocabulary.
+Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest completion.
 
     M=Qwen/Qwen2.5-VL-3B-Instruct
     python currreft.py --model $M --data DIR --out RUN                          # one GPU
-    torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...
+    torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node; several: README.md
 """
 
 import signal
@@ -475,12 +472,7 @@ class Run:
         self.optimizer.zero_grad()
         if self.bad_in_a_row >= 5:
             raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a "
-                           f"row. {self.way_back()}")
-
-    def way_back(self):
-        """What to do when numbers have run away."""
-        return (f"The last good checkpoint is {self.directory.last_checkpoint()}; resume with a lower --lr or "
-                "a higher --beta and --allow_changes.")
+                           f"row. {self.directory.way_back()}")
 
     # ---- Log, save, resume, evaluate ----
 
@@ -499,7 +491,7 @@ class Run:
         """A checkpoint: after `done` steps within a stage, its optimizer included; or of the stage's end."""
         if bad := not_finite(self.policy):  # the same on every rank
             raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are "
-                           f"not saved. {self.way_back()}")
+                           f"not saved. {self.directory.way_back()}")
         state = {name: getattr(self, name) for name in self.SAVED}
         if done is None:
             state |= {"stage": stage.index + 1, "stage_step": 0}
@@ -509,12 +501,11 @@ class Run:
             path, optimizer = self.directory.checkpoint(self.global_step), self.optimizer
             rests_on = list(self.directory.out.glob(f"rejected-{stage.index + 1}.jsonl"))
             if self.reference is not None and self.cfg.reference == "stage" and stage.index:
-                rests_on.append(self.directory.stage_end(stage.index - 1) / "state.json")
+                rests_on.append(self.directory.stage_end(stage.index - 1))  # the reference
         self.directory.save(path, state, self.policy, self.processor, optimizer, rests_on)
 
     def resume(self):
-        """Begin the run directory, or go on from its furthest whole checkpoint: (stage index, its steps
-        done).
+        """Begin the run directory, or go on from its furthest whole checkpoint: (stage index, its steps done).
 
         UserError if --out cannot be begun or continued, if the run is not made of what it was, or if the base
         model cannot be trained. Nothing is written before all of that is known.

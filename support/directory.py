@@ -80,6 +80,11 @@ class RunDirectory:
         """What a sentence calls the checkpoint that a run would be resumed from."""
         return next((path for path, _ in self.checkpoints()[0]), "the base model")
 
+    def way_back(self):
+        """What to do when numbers have run away."""
+        return (f"The last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher "
+                "--beta and --allow_changes.")
+
     # ---- Write a checkpoint ----
 
     def save(self, path, state, policy, processor, optimizer=None, rests_on=()):
@@ -107,8 +112,7 @@ class RunDirectory:
                            f"{self.last_checkpoint()}.")
         if world()[0] == 0:
             write_record(aside / "state.json", {
-                **state, "stages": self.stages, "rests_on": {
-                    os.path.relpath(file, self.out): digest(file) for file in rests_on},
+                **state, "stages": self.stages, "rests_on": self._digests(rests_on),
                 "files": {name: value for _, share in shares for name, value in share.items()}})
             sync(aside)
             if path.exists():
@@ -118,6 +122,15 @@ class RunDirectory:
             for old in sorted((self.out / "checkpoints").glob("[0-9]*/"))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         gather(None)
+
+    def _digests(self, paths):
+        """{path below the run: digest} of files, and of all files of checkpoints."""
+        found = {}
+        for path in paths:
+            name = str(path.relative_to(self.out))
+            files = read_record(path / "state.json")["files"] if path.is_dir() else None
+            found |= {f"{name}/{file}": value for file, value in files.items()} if files else {name: digest(path)}
+        return found
 
     def _write_share(self, folder, policy, processor, optimizer):
         """Write this rank's files of a checkpoint; returns {name: digest} of them."""
