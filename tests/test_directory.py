@@ -195,10 +195,9 @@ def test_a_checkpoint_rests_on_the_reference_of_its_stage(base, tmp_path, capsys
     """Which a resumed run reads from the end of the stage before: damaged, it would be another KL."""
     resume = begun(arguments(base, tmp_path / "run", "--stages", "binary:2", "choice:3", "--save_every", "1"), at=4)
     DAMAGE["a byte flipped"](tmp_path / "run" / "stages" / "1-binary" / "model.safetensors")
-    begun(resume[:-1] + ["--resume"], at=1)
+    begun(resume, at=2)  # from the checkpoint before both
     said = capsys.readouterr().err
     assert "0000003 is damaged (stages/1-binary/model.safetensors is not what was written)" in said
-    assert "starts again from the base model" in said
 
 
 def test_the_windows_at_the_start_are_closed(base, tmp_path, undisturbed):
