@@ -65,7 +65,7 @@ def width_of(cfg):
 
 
 def activations(config, cfg, P, width):
-    """{"activations": bytes that layers keep for the backward pass, "layer": of the one at work}."""
+    """{"activations": bytes that layers keep for the backward pass, "layer": of one at work}."""
     text, tower = config.text_config, config.vision_config
     tokens = cfg.micro_batch * (P + cfg.num_generations * cfg.max_completion_length)
     layers = [(text.num_hidden_layers, tokens, text.hidden_size, text.intermediate_size)]

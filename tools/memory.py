@@ -1,7 +1,7 @@
 """Does it fit? The memory that a run is estimated to need, without model, data or GPU.
 
     python -m tools.memory              # 3B and 7B on the cards of docs/3b.md
-    python -m tools.memory --size 7b --ranks 4 --checkpoint_activations --beta 0   # currreft's flags
+    python -m tools.memory --size 7b --ranks 4 --beta 0    # any of currreft's flags
 """
 
 import argparse
