@@ -164,8 +164,8 @@ def pretended(config, grid, ranks, mode):
         return model.model.visual(pixels, grid_thw=grids, **fake, **longest).pooler_output
     adam, optimizer = torch.optim.AdamW, inspect.getmodule(ShardedAdamW)
     norm = type("Norm", (float,), {"item": float.__float__})(1)
-    nothing = SimpleNamespace(broadcast=lambda *_: None, all_reduce=lambda *_, **__: SimpleNamespace(
-        wait=lambda: None))
+    done = SimpleNamespace(wait=lambda: None)
+    nothing = SimpleNamespace(broadcast=lambda *_: None, all_reduce=lambda *_, **__: done)
     with mock.patch.multiple(optimizer, world=lambda: (0, ranks), dist=nothing), \
             mock.patch.object(inspect.getmodule(packed_hidden), "image_features", features), \
             mock.patch.object(torch.optim, "AdamW", lambda *args, **kwargs: adam(

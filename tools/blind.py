@@ -48,12 +48,12 @@ def candidates(example):
 
 def known(text, size):
     """Numbers that describe a candidate on its own: [value, ..], of fixed length."""
-    boxes, number, of_box = parse_boxes(text) or [], parse_number(text), [0.0] * 9
+    boxes, number, of_box = parse_boxes(text) or [], parse_number(text), [0.0] * 14
     if len(boxes) == 1 and size:
         x1, y1, x2, y2 = (v / size[n % 2] for n, v in enumerate(boxes[0]))
         x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, 1e-3), max(y2 - y1, 1e-3)
-        of_box = [x, y, w, h, w * h, math.log(w * h), math.log(w / h),
-                  math.hypot(x - 0.5, y - 0.5), min(x1, y1, 1 - x2, 1 - y2) < 0.01]
+        of_box = [x, y, x * x, y * y, w, h, w * h, math.log(w * h), math.log(w / h),
+                  math.hypot(x - 0.5, y - 0.5), x1 < 0.01, y1 < 0.01, x2 > 0.99, y2 > 0.99]
     value = float(number.value) if number else 0.0
     return [*of_box, math.copysign(math.log1p(abs(value)), value), value == 0, value % 5 == 0,
             value % 10 == 0, value % 1 == 0, len(text), text[:1].isupper(), text.count(".")]
