@@ -30,7 +30,15 @@ from safetensors import SafetensorError
 
 from support.base import checkpoint_folder
 from support.files import (
-    clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
+    clear_leftovers,
+    damage,
+    digest,
+    read_jsonl,
+    read_record,
+    sync,
+    write_aside,
+    write_record,
+)
 from support.ranks import gather, world
 from support.words import RunError, UserError, say
 

@@ -11,9 +11,10 @@ import pytest
 from forms import derive, derive_all
 from rewards import Example, math_accuracy, related
 from support.answers import iou, parse_boxes, parse_labels, parse_letters, truth_of
+from support.blind import blind_accuracy, candidates
 from support.words import UserError
 from tools import blind
-from tools.blind import blind_accuracy, candidates, made_examples
+from tools.blind import made_examples
 
 
 def numbers(*truths, problem="How many cups are there?"):

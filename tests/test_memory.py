@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import vision_utils
 
-from currreft import Config, grpo_loss, parse_args, token_logps
+from currreft import Config, grpo_loss, parse_args
 from data import Prompt
-from distributed import ShardedAdamW, UserError
-from engine import Engine, Packed, attach_attention, load_policy, pack, packed_hidden, windows
-from engine import shares_prompts
+from engine import Engine, load_policy, shares_prompts
+from packed import Packed, attach_attention, pack, packed_hidden, token_logps, windows
 from support.memory import OVERHEAD, cache_slots, check_memory, memory_needed
+from support.optimizer import ShardedAdamW
+from support.tiny import tiny_checkpoint
+from support.words import UserError
 from tools.memory import CARDS, configuration, estimate, main
-from tools.tiny import tiny_checkpoint
 
 
 def settings(**flags):

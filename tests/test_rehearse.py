@@ -9,11 +9,12 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from data import Example, checkpoint_files
-from engine import forbidden_bias, generate, load_policy
-from rewards import format_reward
+from engine import generate, load_policy
+from packed import forbidden_bias
+from rewards import Example, format_reward
+from support.base import checkpoint_files
+from support.tiny import tiny_image
 from tools.rehearse import ORDINARY, real_checkpoint, real_config, rehearse
-from tools.tiny import tiny_image
 
 QUESTION = Example(problem="Why?", solution="")
 

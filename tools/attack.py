@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from support.tiny import tiny_checkpoint, tiny_data
 from support.words import command
-from tools.tiny import tiny_checkpoint, tiny_data
 
 NUMBERS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FLAGS = ("--prompts_per_step 2 --num_generations 4 --max_completion_length 24 --sft_batch 2 "

@@ -13,12 +13,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from currreft import begin, judge, parse_args, rollout, update
-from distributed import ShardedAdamW, leave, one_line, say
-from support.words import command
-from tools.blind import blind_report
-from tools.doubts import text_only_truths
-from tools.endings import Stopped, ending, signals
+from currreft import assign_rewards, begin, parse_args, rollout, update
+from support.blind import blind_report
+from support.optimizer import ShardedAdamW
+from support.ranks import leave
+from support.signals import Stopped, ending, signals
+from support.warnings import text_only_truths
+from support.words import command, one_line, say
 
 
 def check(run):
@@ -52,7 +53,7 @@ def take_step(run, stage):
         started = time.perf_counter()
         groups = rollout(run, stage, 0)
         sampled = time.perf_counter()
-        judge(run.cfg, groups)
+        assign_rewards(run.cfg, groups)
         for group in groups:  # also those that teach nothing yet, as all answers are wrong
             group.advantages = torch.ones_like(group.advantages)
         sums = update(run, stage, 0, groups)

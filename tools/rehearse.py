@@ -31,10 +31,11 @@ import transformers
 
 import currreft
 from data import load_examples
-from engine import load_policy, pack, packed_hidden
-from run import latest_checkpoint
+from engine import load_policy
+from packed import pack, packed_hidden
+from support.directory import RunDirectory
+from support.tiny import SPECIAL, TEMPLATE, tiny_data, tiny_tokenizer
 from support.words import UserError, command
-from tools.tiny import SPECIAL, TEMPLATE, tiny_data, tiny_tokenizer
 
 # config.json, generation_config.json, preprocessor_config.json and tokenizer_config.json of
 # Qwen/Qwen2.5-VL-3B-Instruct, in the layout of their release (text settings lie flat)
@@ -175,7 +176,7 @@ def rehearse(folder, width, device="cpu", dtype=torch.float32):
                 currreft.main(flags)
             except SystemExit as stop:
                 assert stop.code == 128 + signal.SIGTERM, stop.code
-            assert latest_checkpoint(run)[1]["global_step"] == 2
+            assert RunDirectory(run, (), ()).checkpoints()[0][0][1]["global_step"] == 2
         with phase("resumed: rest of choice, open, rejection sampling, SFT"):
             currreft.main([*flags, "--resume"])
     with phase("log: every step once, with finite gradients; the first KL of a stage is 0"):
