@@ -1,6 +1,6 @@
-"""Pictures of runs and data: training curves, sheets of images with boxes, tables of accuracies.
+"""Pictures of runs and data: training curves, sheets of images with boxes; tables of accuracies.
 
-    python -m tools.pictures run RUN                 # RUN/curves.png and RUN/sheet.png: a finished run
+    python -m tools.pictures run RUN                 # RUN/curves.png, RUN/sheet.png: a finished run
     python -m tools.pictures curves RUN --metric kl  # RUN/curves.png: a metric against the step
     python -m tools.pictures curves A B --out x.png  # one line a run (default: A/compared.png)
     python -m tools.pictures table A B               # accuracies in % with 95 % intervals
@@ -27,7 +27,7 @@ from support.drawing import SIDE, view
 from support.files import read_jsonl
 from support.images import load_image
 from support.page import BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED
-from support.page import Page, pale, save_picture, text_width, wrap
+from support.page import Page, pale, save_picture, text_width
 from support.rows import find_files
 from support.tables import read_results, results_table, run_names
 from support.words import UserError, command
@@ -38,7 +38,7 @@ TILE, PAD = SIDE // OVERSAMPLE, 14  # width of a card's content, and the space a
 STAGES = {  # form -> what its stage pays for, and why it stands where it stands
     "binary": ("1 for the right verdict", "a guess is right half the time: signal at once"),
     "choice": ("1 for the right letters, 0.2 for a part", "a guess is right one time in four"),
-    "open": ("matched boxes, the overlap of labels, the number", "a guess is hardly ever right")}
+    "open": ("matched boxes, overlap of labels, the number", "a guess is hardly ever right")}
 REJECT = ("General questions, text-only ones too", "8 sampled answers to each",
           "A judge scores them from 0 to 100", "The best is kept, if above 85",
           "Fine-tuned on what was kept")
@@ -47,71 +47,61 @@ REJECT = ("General questions, text-only ones too", "8 sampled answers to each",
 # ---- Charts ----
 
 def line_chart(series, out, title="", xlabel="", ylabel="", logx=False, bands=(), faint=None,
-               ticks_at=None):
+               labels=None):
     """Lines through `series`, {name: [(x, y), ..]} in order of x, saved as `out`; returns its path.
 
     A y of NaN is a gap. bands: [(x0, x1, name), ..] behind the lines; faint: series drawn faintly
-    behind the line of the same name; ticks_at: {x: label}. UserError if there is no number.
+    behind the line of the same name; labels: {x: text} below the axis. UserError without a number.
     """
-    faint, colors = faint or {}, dict(zip(series, itertools.cycle(PALETTE)))
+    faint = faint or {}
     if logx:
-        ticks_at = {math.log(x): f"{x:g}" for points in series.values() for x, _ in points}
+        labels = {math.log(x): f"{x:g}" for line in series.values() for x, _ in line}
         series = {name: [(math.log(x), y) for x, y in line] for name, line in series.items()}
     points = [point for line in (*series.values(), *faint.values()) for point in line]
     if all(math.isnan(y) for _, y in points):
         raise UserError(f"nothing to draw for {title or out}: there is no number")
     page, (width, height) = Page(*CHART), CHART
-    page.text(30, 22, title, 21, width=width - 80 - text_width(ylabel, 13))
-    page.text(width - 30, 40, ylabel, 13, GREY, "rs")
-    page.text(width / 2, height - 16, xlabel, 14, GREY, "ms")
-    top = draw_legend(page, colors) if len(series) > 1 else 92
-    place = draw_axes(page, (80, top, width - 30, height - 66), points, bands, ticks_at)
-    for lines, share, thick in ((faint, 0.35, 1), (series, 1, 2.5)):
-        for name, line in lines.items():
-            draw_line(page, line, place, pale(colors[name], share), thick)
+    page.text(30, 22, title, INK, 21, width=width - 90 - text_width(ylabel, 13))
+    page.text(width - 30, 40, ylabel, GREY, 13, "rs")
+    page.text(width / 2, height - 16, xlabel, GREY, anchor="ms")
+    place = draw_axes(page, points, bands, labels)
+    x = 30
+    for (name, line), color in zip(series.items(), itertools.cycle(PALETTE)):
+        draw_line(page, faint.get(name, ()), place, pale(color, 0.35), 1)
+        draw_line(page, line, place, color, 2.5)
+        if len(series) > 1:
+            page.text(x, 62, name, color, width=320)
+            x += min(320, text_width(name, 14)) + 24
     return save_picture(page.finish(), out)
 
 
-def draw_legend(page, colors):
-    """Names with their colors in rows below the title; returns where the plot begins."""
-    x, y = 30, 72
-    for name, color in colors.items():
-        label = "".join(wrap(name, 14, 320, 1))
-        step = text_width(label, 14) + 54
-        x, y = (30, y + 24) if x + step > CHART[0] - 20 else (x, y)
-        page.line([(x, y), (x + 24, y)], color, 4)
-        page.text(x + 31, y, label, 14, INK, "lm")
-        x += step
-    return y + 46
-
-
-def draw_axes(page, frame, points, bands, ticks_at):
-    """Bands, grid and labels inside frame (x0, y0, x1, y1); returns place(x, y)."""
-    x0, y0, x1, y1 = frame
+def draw_axes(page, points, bands, labels):
+    """Bands, grid and labels of a chart that shows the points; returns place(x, y) on the page."""
+    x0, y0, x1, y1 = 80, 112, CHART[0] - 30, CHART[1] - 66
     xs = [x for x, _ in points] + [x for band in bands for x in band[:2]]
     ys = [y for _, y in points if not math.isnan(y)]
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    size = max(abs(low), abs(high)) or 1
-    flat = high - low <= 1e-9 * size  # then it runs mid-height
-    rows = ticks(low - flat * size / 2, high + flat * size / 2, 6)
-    width, height = right - left or 1, rows[-1] - rows[0]
+    left, low, size = min(xs), min(ys), max(map(abs, ys)) or 1
+    flat = size / 2 if max(ys) - low <= 1e-9 * size else 0  # a flat line runs mid-height
+    grid_at = ticks(low - flat, max(ys) + flat, 6)
+    width, height = max(xs) - left or 1, grid_at[-1] - grid_at[0]
 
     def place(x, y):
-        return x0 + (x - left) / width * (x1 - x0), y1 - (y - rows[0]) / height * (y1 - y0)
+        return x0 + (x - left) / width * (x1 - x0), y1 - (y - grid_at[0]) / height * (y1 - y0)
 
     for i, (start, end, name) in enumerate(bands):
         a, b = place(start, low)[0], place(end, low)[0]
         page.box(a, y0, b, y1, ("#f6f7f8", "#e9ecee")[i % 2])
         if b - a > 40:
-            page.text((a + b) / 2, y0 - 9, name, 14, GREY, "ms", b - a - 12)
-    for y in rows:
-        page.line([(x0, place(left, y)[1]), (x1, place(left, y)[1])])
-        page.text(x0 - 10, place(left, y)[1], f"{y:.6g}", 14, GREY, "rm")
+            page.text((a + b) / 2, y0 - 9, name, GREY, anchor="ms", width=b - a - 12)
+    for y in grid_at:
+        page.line([place(left, y), place(left + width, y)])
+        page.text(x0 - 10, place(left, y)[1], f"{y:.6g}", GREY, anchor="rm")
     steps = {x: f"{x:g}" for x in ticks(left, left + width, 10) if x == int(x)}  # no step 1.5
-    for x, label in (ticks_at or steps).items():
-        if left <= x <= right:
+    for x, label in (labels or steps).items():
+        if left <= x <= left + width:
             page.line([(place(x, low)[0], y1), (place(x, low)[0], y1 + 6)], GREY)
-            page.text(place(x, low)[0], y1 + 12, label, 14, GREY, "ma")
+            page.text(place(x, low)[0], y1 + 12, label, GREY, anchor="ma",
+                      width=(x1 - x0) / len(labels or steps))
     page.line([(x0, y1), (x1, y1)], GREY)
     return place
 
@@ -119,11 +109,8 @@ def draw_axes(page, frame, points, bands, ticks_at):
 def draw_line(page, points, place, color, width):
     """A line through the points that have a value; a dot between two gaps."""
     for gap, part in itertools.groupby(points, key=lambda point: math.isnan(point[1])):
-        placed = [] if gap else [place(x, y) for x, y in part]
-        if len(placed) == 1:
-            page.dot(*placed[0], color, width * 1.6)
-        elif placed:
-            page.line(placed, color, width)
+        if not gap:
+            page.line([place(x, y) for x, y in part], color, width)
 
 
 def ticks(low, high, count):
@@ -143,23 +130,21 @@ def bars(rows, out, title="", ylabel=""):
 
     rows: {row: {series: (mean, half the interval, [each run's value]) or None}}; runs: faint dots.
     """
-    series, spread = {}, {}
+    means, spread = {}, {}
     for i, cells in enumerate(rows.values()):
         for j, (name, cell) in enumerate(cells.items()):
             mean, half, each = cell or (math.nan, math.nan, [])
             x = i + 0.6 * (j + 0.5) / len(cells) - 0.3
             gap = (x, math.nan)
-            series.setdefault(name, []).extend([(x, mean), gap])
+            means.setdefault(name, []).extend([(x, mean), gap])
             spread.setdefault(name, []).extend([(x, mean - half), (x, mean + half), gap])
             spread[name] += [point for value in each for point in ((x, value), gap)]
-    room = (CHART[0] - 110) / len(rows)
-    names = {i: "".join(wrap(row, 14, room, 1)) for i, row in enumerate(rows)}
-    return line_chart(series, out, title, "", ylabel, faint=spread, ticks_at=names)
+    return line_chart(means, out, title, "", ylabel, faint=spread, labels=dict(enumerate(rows)))
 
 
 def grid(pictures, out, columns=2):
     """Pictures side by side at half their size."""
-    return save_tiles([load_image(path).reduce(2) for path in pictures], out, columns)
+    return save_cards([load_image(path).reduce(2) for path in pictures], out, columns)
 
 
 # ---- Training curves ----
@@ -197,17 +182,17 @@ def running_mean(points, window):
     return means
 
 
-def curves(runs, out, metric=None, smooth=None, title=""):
-    """A metric against the step, one line a run, saved as the picture `out`; returns its path.
+def curves(runs, out=None, metric=None, smooth=None, title=""):
+    """A metric against the step, one line a run, saved as a picture; returns its path.
 
-    metric: by default the reward, or the loss where none is logged. Faint: every step. Strong: the
-    mean of `smooth` steps (default: a twentieth of the longest run), which never mixes two stages.
-    UserError where a run never logged the metric.
+    out: by default beside the first run's log. metric: by default the reward, or the loss where
+    none is logged. Faint: every step. Strong: the mean of `smooth` steps (by default a twentieth of
+    the longest run), which never mixes two stages. UserError where a run never logged the metric.
     """
+    out = out or Path(runs[0]) / ("curves.png" if len(runs) == 1 else "compared.png")
     logs = dict(zip(run_names(runs), map(read_metrics, runs)))
-    if not metric:
-        rewarded = any("reward" in row for rows in logs.values() for row in rows)
-        metric = "reward" if rewarded else "loss"
+    rewarded = any("reward" in row for rows in logs.values() for row in rows)
+    metric = metric or ("reward" if rewarded else "loss")
     window = smooth or max(1, max(map(len, logs.values())) // 20)
     window += 1 - window % 2  # odd, so that it is centered
     faint, strong, bands = {}, {}, {}
@@ -220,104 +205,88 @@ def curves(runs, out, metric=None, smooth=None, title=""):
             strong[name] += running_mean(points, window) + gap
             bands[name].append((points[0][0] - 0.5, end, stage))
         if all(math.isnan(y) for _, y in faint[name]):
-            known = sorted({key for row in rows for key in row if row[key] is not None})
-            raise UserError(f"run {name} never logged a number for {metric!r}; it logged "
-                            f"{', '.join(known)}")
+            known = ", ".join(sorted({key for row in rows for key in row}))
+            raise UserError(f"run {name} never logged a number for {metric!r}; it logged {known}")
     first, *others = bands.values()
-    title = title or f"{metric} of {' and '.join(logs) if len(logs) < 4 else f'{len(logs)} runs'}"
     note = f"{metric}; strong: mean of {window} steps" if window > 1 else metric
-    return line_chart(strong, out, title, "step", note,
+    return line_chart(strong, out, title or f"{metric} of {' and '.join(logs)}", "step", note,
                       bands=first if all(other == first for other in others) else (),
                       faint=faint if window > 1 else None)
 
 
 # ---- Sheets of cards ----
 
-def tile(path, size, boxes, texts):
-    """One card: the image, if `path` names one, above texts [(text, color, most lines), ..].
+def card(path, size, boxes, texts):
+    """The image, if `path` names one, above texts [(text, color, most lines), ..].
 
     An image that cannot be read is said in its place.
     """
-    picture = None
+    picture, y = None, 0
     try:
         picture = view(path, size, boxes) if path else None
     except (UserError, OSError) as error:
         texts = [(f"no image: {error}", RED, 3), *texts]
     page = Page(TILE, TILE + 20 + sum(19 * most + 5 for _, _, most in texts))
-    y = 0
     if picture:
         page.image.paste(picture, ((page.image.width - picture.width) // 2, 0))
         y = picture.height / OVERSAMPLE + 16
     for text, color, most in texts:
-        for line in wrap(text, 14, TILE, most):
-            page.text(0, y, line, 14, color)
-            y += 19
-        y += 5
+        y = page.text(0, y, text, color, width=TILE, most=most) + 5
     return page.finish(y)
 
 
-def save_tiles(tiles, out, columns=4):
-    """The tiles as cards on a grid; a row is as high as its highest tile."""
-    if not (tiles := list(tiles)):
+def save_cards(cards, out, columns=4):
+    """Cards of one width on a grid, each row as high as its highest; UserError without a card."""
+    if not cards:
         raise UserError(f"nothing to show in {out}: there are no rows")
-    columns, outer = min(columns, len(tiles)), TILE + 3 * PAD
-    rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
-    heights = [max(card.height for card in row) + 3 * PAD for row in rows]
+    columns, outer = min(columns, len(cards)), cards[0].width + 3 * PAD
+    rows = [cards[i:i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(each.height for each in row) + 3 * PAD for row in rows]
     whole = Image.new("RGB", (columns * outer + PAD, sum(heights) + PAD), "#f1f3f5")
     pen, top = ImageDraw.Draw(whole), PAD
     for row, height in zip(rows, heights):
-        for x, card in zip(range(PAD, whole.width, outer), row):
+        for x, each in zip(range(PAD, whole.width, outer), row):
             pen.rectangle((x, top, x + outer - PAD - 1, top + height - PAD - 1), "white", LINE)
-            whole.paste(card, (x + PAD, top + PAD))
+            whole.paste(each, (x + PAD, top + PAD))
         top += height
     return save_picture(whole, out)
 
 
-def boxes_in(text, task, form):
-    """The boxes of an answer, if it is one of a task whose open answers are places in the image."""
-    placed = form == "open" and task in TASKS and TASKS[task].resize
+def boxes_in(text, row_task, form):
+    """The boxes of an answer, if it is one to an open question about places in an image."""
+    placed = form == "open" and row_task in TASKS and TASKS[row_task].resize
     return parse_boxes(text) or [] if placed else []
 
 
-def prediction_tile(row):
+def prediction_card(row):
     """A prediction: question, true answer, the model's answer (green if right, red if not)."""
-    true, said, kind = truth_in(row["solution"]), row["answer"], (row["task"], row["form"])
-    boxes = [(GREEN, boxes_in(true, *kind)), (RED, boxes_in(said or "", *kind))]
+    true, said = extract_answer(row["solution"]) or row["solution"], row["answer"]
+    boxes = [(color, boxes_in(text or "", row["task"], row["form"]))
+             for color, text in ((GREEN, true), (RED, said))]
     said = f"no answer in: {row['completion']}" if said is None else f"answered: {said}"
-    return tile(row["image"], row["size"], boxes, [
-        (" · ".join((*kind, row["split"])), GREY, 1), (row["problem"], INK, 4),
+    return card(row["image"], row["size"], boxes, [
+        (f"{row['task']} · {row['form']} · {row['split']}", GREY, 1), (row["problem"], INK, 8),
         (f"true: {true}", INK, 3), (said, GREEN if row["correct"] else RED, 3)])
-
-
-def truth_in(solution):
-    """The answer of a solution, or all of one without tags."""
-    return extract_answer(solution) or solution
-
-
-def sheet(predictions, out):
-    """A sheet of predictions: true boxes in green, predicted ones in red; returns its path."""
-    return save_tiles(map(prediction_tile, predictions), out)
 
 
 def draw_run(run):
     """Draw RUN/curves.png and RUN/sheet.png: 24 answers of the last evaluation; returns paths."""
-    run = Path(run)
-    paths = [curves([run], run / "curves.png")]
+    paths = [curves([run])]
     if rows := read_results(run):
-        answers = read_jsonl(run / "predictions" / f"{rows[-1]['name']}.jsonl")
+        answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl")
         answers = random.Random(0).sample(answers, min(24, len(answers)))
-        paths.append(sheet(answers, run / "sheet.png"))
+        paths.append(save_cards([prediction_card(row) for row in answers], Path(run) / "sheet.png"))
     return paths
 
 
-def example_tile(asked):
+def example_card(asked):
     """A training row with its true boxes, its question and answer in each form."""
     plain = next((example for example in asked if example.form == "open"), asked[0])
-    boxes = boxes_in(truth_of(plain), plain.task, plain.form)
+    boxes = [(GREEN, boxes_in(truth_of(plain), plain.task, plain.form))]
     texts = [(f"{plain.task} · {Path(plain.where).name}", GREY, 1)]
     for example in asked:
         texts += [(f"{example.form}: {example.problem}", INK, 8), (truth_of(example), GREEN, 3)]
-    return tile(next(iter(plain.images), None), plain.size, [(GREEN, boxes)], texts)
+    return card(next(iter(plain.images), None), plain.size, boxes, texts)
 
 
 def training_rows(place, seed, **options):
@@ -337,21 +306,20 @@ def training_rows(place, seed, **options):
     return list(found.values())
 
 
-def method_tiles(example, seed=0):
+def method_cards(example):
     """The method as five cards: an open question with an image, its three forms, phase 2."""
-    boxes = boxes_in(truth_of(example), example.task, "open")
-    tiles = [tile(example.images[0], example.size, [(GREEN, boxes)], [
+    boxes = [(GREEN, boxes_in(truth_of(example), example.task, example.form))]
+    cards = [card(example.images[0], example.size, boxes, [
         ("1  An annotation", BLUE, 1), (example.problem, INK, 3), (truth_of(example), GREEN, 2)])]
     for number, (form, (accuracy, note)) in enumerate(STAGES.items(), 2):
-        asked = derive(example, form, seed=seed)
-        tiles.append(tile(None, None, [], [
+        asked = derive(example, form)
+        cards.append(card(None, None, [], [
             (f"{number}  GRPO: {form} stage", BLUE, 1), (asked.problem, INK, 8),
             (truth_of(asked), GREEN, 2), (f"accuracy: {accuracy}", INK, 2),
             ("format: 1 for thinking, then an answer", INK, 2), (note, GREY, 2),
             ("Its policy is start and KL reference of the next stage", GREY, 2)]))
-    tiles.append(tile(None, None, [], [("5  Its own best answers: reject stage", BLUE, 1),
-                                       *((text, INK, 2) for text in REJECT)]))
-    return tiles
+    return [*cards, card(None, None, [], [("5  Its own best answers: reject stage", BLUE, 1),
+                                          *((text, INK, 2) for text in REJECT)])]
 
 
 # ---- Command line ----
@@ -361,27 +329,17 @@ def draw_examples(args):
     rows = training_rows(args.data, args.seed, image_root=args.image_root, task=args.task,
                          skip_bad_rows=args.skip_bad_rows)
     rows = rows[::max(1, len(rows) // args.n)][:args.n]
-    return save_tiles(map(example_tile, rows), args.out or beside(args.data, "sheet"))
+    folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
+    return save_cards([example_card(asked) for asked in rows], args.out or folder / "sheet.png")
 
 
 def draw_method(args):
-    """The method, shown with the first detection row of a data directory; returns the path."""
+    """The method, shown with the first row of a data directory that has boxes; returns its path."""
     rows = load_examples(find_files(args.data)["train"]["open"], image_root=args.data, form="open")
-    shown = [row for row in rows if row.images and TASKS[row.task].resize]
-    if not shown:
-        raise UserError(f"{args.data} has no open question about a place in an image to draw")
-    return save_tiles(method_tiles(shown[0]), args.out or beside(args.data, "method"), 3)
-
-
-def beside(data, name):
-    """Where a picture of a data directory, or of a file, goes by default."""
-    return (Path(data) if Path(data).is_dir() else Path(data).parent) / f"{name}.png"
-
-
-def draw_curves(args):
-    """Curves of runs; returns the path."""
-    name = "curves.png" if len(args.runs) == 1 else "compared.png"
-    return curves(args.runs, args.out or Path(args.runs[0]) / name, args.metric, args.smooth)
+    shown = next((row for row in rows if row.images and TASKS[row.task].resize), None)
+    if shown is None:
+        raise UserError(f"{args.data} has no open question about a place in an image")
+    return save_cards(method_cards(shown), args.out or Path(args.data) / "method.png", 3)
 
 
 def count(text):
@@ -397,28 +355,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
 
-    def add(name, action, help):
-        each = commands.add_parser(name, help=help, allow_abbrev=False)
-        each.set_defaults(action=action)
-        return each.add_argument
+    def add(name, action, text, place, **options):
+        one = commands.add_parser(name, help=text, allow_abbrev=False)
+        one.set_defaults(action=action)
+        one.add_argument(place, **options)
+        return one.add_argument
 
     add("run", lambda args: "\n".join(map(str, draw_run(args.run))),
-        "curves and answers of a finished run")("run", metavar="RUN")
-    curve = add("curves", draw_curves, "a metric against the step")
-    table = add("table", lambda args: results_table(args.runs), "accuracies with their intervals")
-    example = add("examples", draw_examples, "rows as a run trains on them, in three forms")
-    method = add("method", draw_method, "one annotation through all stages")
-    for option in (curve, table):
-        option("runs", nargs="+", metavar="RUN")
+        "curves and answers of a finished run", "run", metavar="RUN")
+    add("table", lambda args: results_table(args.runs),
+        "accuracies in %% with 95 %% intervals", "runs", metavar="RUN", nargs="+")
+    curve = add("curves", lambda args: curves(args.runs, args.out, args.metric, args.smooth),
+                "a metric against the step", "runs", metavar="RUN", nargs="+")
     curve("--metric", help="a key of metrics.jsonl (default: reward, or loss where there is none)")
-    curve("--smooth", type=count, help="steps in the running mean (default: a twentieth of the run)")
-    example("data", metavar="DIR_OR_FILE", help="a data directory, or one file of rows")
+    curve("--smooth", type=count, help="steps in the mean (default: a twentieth of the run)")
+    example = add("examples", draw_examples, "rows as a run trains on them, in their three forms",
+                  "data", metavar="DIR_OR_FILE")
     example("--image_root", help="directory that image paths start from")
     example("--task", nargs="+", default=[], help="task of rows that name none, as the run's")
     example("--seed", type=int, default=0, help="the run's --seed")
     example("--skip_bad_rows", action="store_true", help="drop and count bad rows")
     example("-n", type=count, default=12, help="how many rows")
-    method("data", metavar="DIR", help="a data directory")
+    method = add("method", draw_method, "one annotation through all stages", "data", metavar="DIR")
     for option in (curve, example, method):
         option("--out", help="the picture (default: beside what it shows)")
     args = parser.parse_args(argv)
