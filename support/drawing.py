@@ -4,18 +4,18 @@ from PIL import Image, ImageDraw
 
 from support.images import load_image
 
-SIDE = 600  # pixels of the longer side of a drawn image
+VIEW_SIDE = 600  # pixels of the longer side of a drawn image
 
 
 def view(path, size, boxes):
-    """The image at `path` with its longer side SIDE pixels, and frames around boxes.
+    """The image at `path` with its longer side VIEW_SIDE pixels, and frames around boxes.
 
     boxes: [(color, [(x1, y1, x2, y2), ..]), ..], x1 <= x2 and y1 <= y2, in pixels of an image of
     `size` (w, h) (None: of the file itself), clipped to it. The second color's frames are thinner:
     of two equal boxes both are seen. UserError for a file that is no image.
     """
     image = load_image(path)
-    (w, h), scale = size or image.size, SIDE / max(image.size)
+    (w, h), scale = size or image.size, VIEW_SIDE / max(image.size)
     sides = [max(1, round(side * scale)) for side in image.size]
     image = image.resize(sides, Image.Resampling.LANCZOS)
     pen, last = ImageDraw.Draw(image), (image.width - 1, image.height - 1)

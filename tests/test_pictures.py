@@ -5,12 +5,13 @@ import math
 import pytest
 from PIL import Image, ImageColor
 
-from support.drawing import SIDE, view
+from support.drawing import VIEW_SIDE, view
 from support.files import write_record
 from support.page import BLUE, GREEN, RED, printable, text_width, wrap
 from support.tables import table, wilson
 from support.tiny import tiny_data, tiny_image, write_jsonl
-from tools.pictures import TILE, by_stage, curves, main, prediction_card, running_mean
+from support.words import UserError
+from tools.pictures import TILE, bars, by_stage, curves, main, prediction_tile, running_mean
 
 ANSWER = {"image": None, "size": None, "problem": "?", "solution": "<answer>[]</answer>",
           "answer": "", "task": "detection", "form": "open", "split": "open_id", "completion": "",
@@ -63,6 +64,13 @@ def test_runs_of_one_name_are_both_drawn_and_lie_beside_the_first(tmp_path):
     assert out == runs[0] / "compared.png" and shows(out, BLUE) and shows(out, "#e07b00")
 
 
+def test_a_cell_without_figures_is_no_zero(tmp_path):
+    out = tmp_path / "bars.png"
+    assert shows(bars({"row": {"id": (50, 9, [41, 59]), "ood": None}}, out), BLUE)
+    with pytest.raises(UserError, match="no number"):
+        bars({"row": {"ood": None}}, out)
+
+
 # ---- Text and boxes ----
 
 @pytest.mark.parametrize("text", ["", "x" * 5000, "word " * 500, " \n", "中" * 3000, "ﷺ" * 3000])
@@ -80,7 +88,7 @@ def test_boxes_are_scaled_from_model_pixels_and_clipped_to_the_image(tmp_path):
     path = tiny_image(tmp_path / "a.png", (200, 100), "white")  # the model sees it as 112 x 56
     boxes = [("#00ff00", [(28, 14, 84, 42)]), ("#ff0000", [(-9, -1e9, 1e9, 99)])]
     image = view(path, (112, 56), boxes)
-    assert image.size == (SIDE, SIDE // 2)
+    assert image.size == (VIEW_SIDE, VIEW_SIDE // 2)
     for point in ((146, 150), (454, 150), (300, 71), (300, 229)):  # around 150, 75, 450, 225
         assert image.getpixel(point) == (0, 255, 0)
     assert image.getpixel((300, 150)) == image.getpixel((134, 150)) == (255, 255, 255)
@@ -93,7 +101,7 @@ def test_boxes_are_scaled_from_model_pixels_and_clipped_to_the_image(tmp_path):
 def test_of_equal_boxes_both_are_seen_and_only_places_are_boxes(tmp_path, task, form, drawn):
     image, box = str(tiny_image(tmp_path / "a.png", (56, 56), "blue")), "[14, 14, 42, 42]"
     row = {"image": image, "size": [56, 56], "solution": box, "answer": box}
-    picture = prediction_card(ANSWER | row | {"task": task, "form": form}).crop((0, 0, TILE, TILE))
+    picture = prediction_tile(ANSWER | row | {"task": task, "form": form}).crop((0, 0, TILE, TILE))
     assert shows(picture, GREEN) == shows(picture, RED) == drawn
 
 

@@ -32,7 +32,7 @@ from support.page import Page, pale, printable, save_picture, text_width
 from support.words import UserError, command, say
 
 WIDE, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text
-SHOWN = 100  # tokens of a completion
+TOKENS_SHOWN = 100  # tokens of a completion
 REFERENCES = {"stage": "KL to the policy at the stage's start", "base": "KL to the base model"}
 
 
@@ -103,12 +103,12 @@ def look(folder, step=None, number=None, data=None):
     if abs(reward - row["reward"]) > 1e-4:
         say(f"not quite the step that was taken: its reward was {row['reward']:.6g} and is "
             f"{reward:.6g}. Data, code or machine are others than the run's")
-    group = chosen(groups, number)
+    group = group_to_show(groups, number)
     return examine(run, group, f"Step {row['step']} of the run: {stage.name} stage, step "
                                f"{done + 1} of {stage.steps}, {group.example.task}")
 
 
-def chosen(groups, number):
+def group_to_show(groups, number):
     """The group of that number (from 1), or that whose rewards differ most."""
     if number not in (None, *range(1, len(groups) + 1)):
         raise UserError(f"--group {number}: the step has groups 1 to {len(groups)}")
@@ -195,8 +195,8 @@ def draw_completions(page, group, order):
 def draw_tokens(page, seen, i, y):
     """A completion's first tokens as shaded boxes with bars for their KL_t; returns the end."""
     strongest, largest = seen.push.abs().max().item(), max(seen.kl.max().item(), 1e-9)
-    tokens = seen.tokens[i][:SHOWN]
-    cut = f", the first {SHOWN}" if len(tokens) < len(seen.tokens[i]) else ""
+    tokens = seen.tokens[i][:TOKENS_SHOWN]
+    cut = f", the first {TOKENS_SHOWN}" if len(tokens) < len(seen.tokens[i]) else ""
     page.text(30, y, f"A = {seen.group.advantages[i]:+.2f}, r = {seen.group.rewards[i]:.2g}, "
                      f"|o| = {len(seen.tokens[i])} tokens{cut}", GREY, SIZE)
     x, y = 30, y + 26

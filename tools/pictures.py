@@ -23,9 +23,8 @@ from data import load_examples, training_forms
 from forms import derive, derive_all
 from rewards import FORMS, TASKS
 from support.answers import extract_answer, parse_boxes, truth_of
-from support.drawing import SIDE, view
+from support.drawing import VIEW_SIDE, view
 from support.files import read_jsonl
-from support.images import load_image
 from support.page import BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED
 from support.page import Page, pale, save_picture, text_width
 from support.rows import find_files
@@ -34,7 +33,7 @@ from support.words import UserError, command
 
 PALETTE = (BLUE, "#e07b00", "#159a72", "#8a56b8", "#c93a6b", "#7a6a1c", "#2ba3c7", "#5b6470")
 CHART = (1100, 620)  # width and height
-TILE, PAD = SIDE // OVERSAMPLE, 14  # width of a card's content, and the space around it
+TILE, PAD = VIEW_SIDE // OVERSAMPLE, 14  # width of a tile, and the space around it
 STAGES = {  # form -> what its stage pays for, and why it stands where it stands
     "binary": ("1 for the right verdict", "a guess is right half the time: signal at once"),
     "choice": ("1 for the right letters, 0.2 for a part", "a guess is right one time in four"),
@@ -46,17 +45,13 @@ REJECT = ("General questions, text-only ones too", "8 sampled answers to each",
 
 # ---- Charts ----
 
-def line_chart(series, out, title="", xlabel="", ylabel="", logx=False, bands=(), faint=None,
-               labels=None):
+def line_chart(series, out, title="", xlabel="", ylabel="", bands=(), faint=None):
     """Lines through `series`, {name: [(x, y), ..]} in order of x, saved as `out`; returns its path.
 
     A y of NaN is a gap. bands: [(x0, x1, name), ..] behind the lines; faint: series drawn faintly
-    behind the line of the same name; labels: {x: text} below the axis. UserError without a number.
+    behind the line of the same name. UserError where there is no number to draw.
     """
     faint = faint or {}
-    if logx:
-        labels = {math.log(x): f"{x:g}" for line in series.values() for x, _ in line}
-        series = {name: [(math.log(x), y) for x, y in line] for name, line in series.items()}
     points = [point for line in (*series.values(), *faint.values()) for point in line]
     if all(math.isnan(y) for _, y in points):
         raise UserError(f"nothing to draw for {title or out}: there is no number")
@@ -64,7 +59,7 @@ def line_chart(series, out, title="", xlabel="", ylabel="", logx=False, bands=()
     page.text(30, 22, title, INK, 21, width=width - 90 - text_width(ylabel, 13))
     page.text(width - 30, 40, ylabel, GREY, 13, "rs")
     page.text(width / 2, height - 16, xlabel, GREY, anchor="ms")
-    place = draw_axes(page, points, bands, labels)
+    place = draw_axes(page, points, bands, bool(xlabel))
     x = 30
     for (name, line), color in zip(series.items(), itertools.cycle(PALETTE)):
         draw_line(page, faint.get(name, ()), place, pale(color, 0.35), 1)
@@ -75,8 +70,8 @@ def line_chart(series, out, title="", xlabel="", ylabel="", logx=False, bands=()
     return save_picture(page.finish(), out)
 
 
-def draw_axes(page, points, bands, labels):
-    """Bands, grid and labels of a chart that shows the points; returns place(x, y) on the page."""
+def draw_axes(page, points, bands, counted):
+    """Bands, grid and labels, of x too if it is `counted`; returns place(x, y) on the page."""
     x0, y0, x1, y1 = 80, 112, CHART[0] - 30, CHART[1] - 66
     xs = [x for x, _ in points] + [x for band in bands for x in band[:2]]
     ys = [y for _, y in points if not math.isnan(y)]
@@ -96,12 +91,10 @@ def draw_axes(page, points, bands, labels):
     for y in grid_at:
         page.line([place(left, y), place(left + width, y)])
         page.text(x0 - 10, place(left, y)[1], f"{y:.6g}", GREY, anchor="rm")
-    steps = {x: f"{x:g}" for x in ticks(left, left + width, 10) if x == int(x)}  # no step 1.5
-    for x, label in (labels or steps).items():
-        if left <= x <= left + width:
+    for x in ticks(left, left + width, 10) if counted else ():
+        if left <= x <= left + width and x == int(x):  # there is no step 1.5
             page.line([(place(x, low)[0], y1), (place(x, low)[0], y1 + 6)], GREY)
-            page.text(place(x, low)[0], y1 + 12, label, GREY, anchor="ma",
-                      width=(x1 - x0) / len(labels or steps))
+            page.text(place(x, low)[0], y1 + 12, f"{x:g}", GREY, anchor="ma")
     page.line([(x0, y1), (x1, y1)], GREY)
     return place
 
@@ -126,7 +119,7 @@ def ticks(low, high, count):
 
 
 def bars(rows, out, title="", ylabel=""):
-    """A place on the x axis a row, a color a series: a dot at the mean, a line as its interval.
+    """A band a row, a color a series: a dot at the mean, a line as its interval.
 
     rows: {row: {series: (mean, half the interval, [each run's value]) or None}}; runs: faint dots.
     """
@@ -137,14 +130,11 @@ def bars(rows, out, title="", ylabel=""):
             x = i + 0.6 * (j + 0.5) / len(cells) - 0.3
             gap = (x, math.nan)
             means.setdefault(name, []).extend([(x, mean), gap])
-            spread.setdefault(name, []).extend([(x, mean - half), (x, mean + half), gap])
+            ends = [(x, max(mean - half, 0)), (x, mean + half)]
+            spread.setdefault(name, []).extend([*ends, gap])
             spread[name] += [point for value in each for point in ((x, value), gap)]
-    return line_chart(means, out, title, "", ylabel, faint=spread, labels=dict(enumerate(rows)))
-
-
-def grid(pictures, out, columns=2):
-    """Pictures side by side at half their size."""
-    return save_cards([load_image(path).reduce(2) for path in pictures], out, columns)
+    bands = [(i - 0.5, i + 0.5, row) for i, row in enumerate(rows)]
+    return line_chart(means, out, title, "", ylabel, bands, spread)
 
 
 # ---- Training curves ----
@@ -210,13 +200,13 @@ def curves(runs, out=None, metric=None, smooth=None, title=""):
     first, *others = bands.values()
     note = f"{metric}; strong: mean of {window} steps" if window > 1 else metric
     return line_chart(strong, out, title or f"{metric} of {' and '.join(logs)}", "step", note,
-                      bands=first if all(other == first for other in others) else (),
-                      faint=faint if window > 1 else None)
+                      first if all(other == first for other in others) else (),
+                      faint if window > 1 else None)
 
 
-# ---- Sheets of cards ----
+# ---- Sheets of tiles ----
 
-def card(path, size, boxes, texts):
+def tile(path, size, boxes, texts):
     """The image, if `path` names one, above texts [(text, color, most lines), ..].
 
     An image that cannot be read is said in its place.
@@ -235,12 +225,12 @@ def card(path, size, boxes, texts):
     return page.finish(y)
 
 
-def save_cards(cards, out, columns=4):
-    """Cards of one width on a grid, each row as high as its highest; UserError without a card."""
-    if not cards:
+def save_tiles(tiles, out, columns=4):
+    """Tiles as cards on a grid, each row as high as its highest; UserError without any."""
+    if not tiles:
         raise UserError(f"nothing to show in {out}: there are no rows")
-    columns, outer = min(columns, len(cards)), cards[0].width + 3 * PAD
-    rows = [cards[i:i + columns] for i in range(0, len(cards), columns)]
+    columns, outer = min(columns, len(tiles)), TILE + 3 * PAD
+    rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(each.height for each in row) + 3 * PAD for row in rows]
     whole = Image.new("RGB", (columns * outer + PAD, sum(heights) + PAD), "#f1f3f5")
     pen, top = ImageDraw.Draw(whole), PAD
@@ -252,19 +242,19 @@ def save_cards(cards, out, columns=4):
     return save_picture(whole, out)
 
 
-def boxes_in(text, row_task, form):
+def places_in(text, row_task, form):
     """The boxes of an answer, if it is one to an open question about places in an image."""
     placed = form == "open" and row_task in TASKS and TASKS[row_task].resize
     return parse_boxes(text) or [] if placed else []
 
 
-def prediction_card(row):
+def prediction_tile(row):
     """A prediction: question, true answer, the model's answer (green if right, red if not)."""
     true, said = extract_answer(row["solution"]) or row["solution"], row["answer"]
-    boxes = [(color, boxes_in(text or "", row["task"], row["form"]))
+    boxes = [(color, places_in(text or "", row["task"], row["form"]))
              for color, text in ((GREEN, true), (RED, said))]
     said = f"no answer in: {row['completion']}" if said is None else f"answered: {said}"
-    return card(row["image"], row["size"], boxes, [
+    return tile(row["image"], row["size"], boxes, [
         (f"{row['task']} · {row['form']} · {row['split']}", GREY, 1), (row["problem"], INK, 8),
         (f"true: {true}", INK, 3), (said, GREEN if row["correct"] else RED, 3)])
 
@@ -275,18 +265,18 @@ def draw_run(run):
     if rows := read_results(run):
         answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl")
         answers = random.Random(0).sample(answers, min(24, len(answers)))
-        paths.append(save_cards([prediction_card(row) for row in answers], Path(run) / "sheet.png"))
+        paths.append(save_tiles([prediction_tile(row) for row in answers], Path(run) / "sheet.png"))
     return paths
 
 
-def example_card(asked):
+def example_tile(asked):
     """A training row with its true boxes, its question and answer in each form."""
     plain = next((example for example in asked if example.form == "open"), asked[0])
-    boxes = [(GREEN, boxes_in(truth_of(plain), plain.task, plain.form))]
+    boxes = [(GREEN, places_in(truth_of(plain), plain.task, plain.form))]
     texts = [(f"{plain.task} · {Path(plain.where).name}", GREY, 1)]
     for example in asked:
         texts += [(f"{example.form}: {example.problem}", INK, 8), (truth_of(example), GREEN, 3)]
-    return card(next(iter(plain.images), None), plain.size, boxes, texts)
+    return tile(next(iter(plain.images), None), plain.size, boxes, texts)
 
 
 def training_rows(place, seed, **options):
@@ -306,19 +296,19 @@ def training_rows(place, seed, **options):
     return list(found.values())
 
 
-def method_cards(example):
-    """The method as five cards: an open question with an image, its three forms, phase 2."""
-    boxes = [(GREEN, boxes_in(truth_of(example), example.task, example.form))]
-    cards = [card(example.images[0], example.size, boxes, [
+def method_tiles(example):
+    """The method as five tiles: an open question with an image, its three forms, phase 2."""
+    boxes = [(GREEN, places_in(truth_of(example), example.task, example.form))]
+    tiles = [tile(example.images[0], example.size, boxes, [
         ("1  An annotation", BLUE, 1), (example.problem, INK, 3), (truth_of(example), GREEN, 2)])]
     for number, (form, (accuracy, note)) in enumerate(STAGES.items(), 2):
         asked = derive(example, form)
-        cards.append(card(None, None, [], [
+        tiles.append(tile(None, None, [], [
             (f"{number}  GRPO: {form} stage", BLUE, 1), (asked.problem, INK, 8),
             (truth_of(asked), GREEN, 2), (f"accuracy: {accuracy}", INK, 2),
             ("format: 1 for thinking, then an answer", INK, 2), (note, GREY, 2),
             ("Its policy is start and KL reference of the next stage", GREY, 2)]))
-    return [*cards, card(None, None, [], [("5  Its own best answers: reject stage", BLUE, 1),
+    return [*tiles, tile(None, None, [], [("5  Its own best answers: reject stage", BLUE, 1),
                                           *((text, INK, 2) for text in REJECT)])]
 
 
@@ -330,7 +320,7 @@ def draw_examples(args):
                          skip_bad_rows=args.skip_bad_rows)
     rows = rows[::max(1, len(rows) // args.n)][:args.n]
     folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-    return save_cards([example_card(asked) for asked in rows], args.out or folder / "sheet.png")
+    return save_tiles([example_tile(asked) for asked in rows], args.out or folder / "sheet.png")
 
 
 def draw_method(args):
@@ -339,7 +329,7 @@ def draw_method(args):
     shown = next((row for row in rows if row.images and TASKS[row.task].resize), None)
     if shown is None:
         raise UserError(f"{args.data} has no open question about a place in an image")
-    return save_cards(method_cards(shown), args.out or Path(args.data) / "method.png", 3)
+    return save_tiles(method_tiles(shown), args.out or Path(args.data) / "method.png", 3)
 
 
 def count(text):
