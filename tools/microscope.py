@@ -27,8 +27,8 @@ from rewards import TASKS
 from support.answers import parse_boxes, truth_of
 from support.drawing import view
 from support.files import read_jsonl, read_record
-from support.page import BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED
-from support.page import Page, pale, printable, save_picture, text_width
+from support.page import (
+    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, save_picture, text_width)
 from support.words import UserError, command, say
 
 WIDE, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text

@@ -25,8 +25,8 @@ from rewards import FORMS, TASKS
 from support.answers import extract_answer, parse_boxes, truth_of
 from support.drawing import VIEW_SIDE, view
 from support.files import read_jsonl
-from support.page import BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED
-from support.page import Page, pale, save_picture, text_width
+from support.page import (
+    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, save_picture, text_width)
 from support.rows import find_files
 from support.tables import read_results, results_table, run_names
 from support.words import UserError, command
