@@ -1,8 +1,7 @@
-"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation and no
-task.
+"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation.
 
     RUN/config.json         settings, data and base model that the run was begun with
-    RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions (support/log.py)
+    RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions
     RUN/results.json        one row an evaluation; RUN/predictions/ROW.jsonl has every answer of it
     RUN/checkpoints/N       to resume from: weights, optimizer, log and state after N steps; the last two of them
     RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
@@ -30,31 +29,21 @@ from safetensors import SafetensorError
 
 from support.base import checkpoint_folder
 from support.files import (
-    clear_leftovers,
-    damage,
-    digest,
-    read_jsonl,
-    read_record,
-    sync,
-    write_aside,
-    write_record,
-)
+    clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
 from support.ranks import gather, world
 from support.words import RunError, UserError, say
 
 KEPT_CHECKPOINTS = 2  # within a stage; the end of every stage is kept in any case
 CODE = Path(__file__).resolve().parent.parent
-# Settings that change time, memory, places and what is shown, and nothing else: a resumed run may have
-# others.
+# Settings that change time, memory, places and what is shown: a resumed run may have others.
 HARMLESS = {
-    "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes", "save_every",
-    "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url", "judge_model"}
+    "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes",
+    "save_every", "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url",
+    "judge_model"}
 
 
 class RunDirectory:
-    """RUN on disk; within `with`, one process' own. `stages` as written ("binary:600"), `labels` of their
-    ends ("1-binary").
-    """
+    """RUN on disk. `stages` as they are written ("binary:600"), `labels` of their ends ("1-binary")."""
 
     def __init__(self, out, stages, labels):
         self.out, self.stages, self.labels = Path(out), list(stages), list(labels)
@@ -96,8 +85,7 @@ class RunDirectory:
     # ---- Write a checkpoint ----
 
     def save(self, path, state, policy, processor, optimizer=None, rests_on=()):
-        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens
-        meanwhile.
+        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens.
 
         state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here
         would read. All ranks call it together; RunError on all of them if any could not write its share.
@@ -236,20 +224,16 @@ class RunDirectory:
         return record, changed
 
     def _check_stages(self, state):
-        """UserError unless --stages has the finished stages as they were, and room for the one that is under
-        way.
-        """
+        """UserError unless --stages has the finished stages as they were, and room for the one under way."""
         was, now, n = list(state["stages"]), self.stages, state["stage"]
-        for i in range(n):
-            if was[i] != (now[i] if i < len(now) else ""):
-                raise UserError(f"--out {self.out}: stage {i + 1} is finished as {was[i]}, and --stages has "
-                                f"{now[i] if i < len(now) else 'nothing'} in its place. Leave it as it was; what is to "
-                                "be trained besides is a stage of its own after the finished ones")
-        if state["stage_step"]:
-            name, _, steps = (now[n] if n < len(now) else ":0").partition(":")
-            if name != was[n].partition(":")[0] or int(steps) < state["stage_step"]:
-                raise UserError(f"--out {self.out}: stage {n + 1} has taken {state['stage_step']} steps as {was[n]}, "
-                                f"and --stages has {now[n] if n < len(now) else 'nothing'} in its place")
+        if was[:n] != now[:n]:
+            raise UserError(f"--out {self.out}: finished as {' '.join(was[:n])}, and --stages begins with "
+                            f"{' '.join(now[:n]) or 'nothing'}. Leave finished stages as they were; what is to be "
+                            "trained besides is a stage of its own after them")
+        name, _, steps = (now[n] if n < len(now) else ":0").partition(":")
+        if state["stage_step"] and (name != was[n].partition(":")[0] or int(steps) < state["stage_step"]):
+            raise UserError(f"--out {self.out}: stage {n + 1} has taken {state['stage_step']} steps as {was[n]}, "
+                            f"and --stages has {now[n] if n < len(now) else 'nothing'} in its place")
 
     # ---- Go on ----
 
@@ -323,31 +307,12 @@ def shown_as(file, folder):
 
 
 def model_digest(path):
-    """{file: digest} of a model directory, of a file above 16 MiB of a sample; or {"revision": commit} of a
-    hub name.
-    """
+    """{file: digest} of a model directory, or {"revision": commit} of a hub name."""
     folder = checkpoint_folder(path)
     if not Path(path).is_dir():
         return {"revision": folder.name}
-    return {file.name: sample_digest(file) for file in sorted(folder.iterdir())
+    return {file.name: digest(file) for file in sorted(folder.iterdir())
             if file.suffix in (".json", ".jinja", ".txt", ".safetensors")}
-
-
-def sample_digest(path, piece=2**20, pieces=64):
-    """A digest of a file of any size that reads 65 MiB at most: training changes every part of a model.
-
-    Its size, its first MiB (of weights: names, types and shapes) and 64 more MiB spread over it. Another
-    model is found in a second; a single flipped bit of 7 GB may not be.
-    """
-    size = os.path.getsize(path)
-    if size <= 2**24:
-        return digest(path)
-    total = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(pieces + 1):
-            file.seek(i * (size - piece) // pieces)
-            total.update(file.read(piece))
-    return total.hexdigest()
 
 
 def code_digest():

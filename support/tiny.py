@@ -9,12 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
+    GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 SPECIAL = [f"<|{name}|>" for name in (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",

@@ -109,9 +109,9 @@ def test_another_base_setting_or_code_is_named(killed, base, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("stages, words", [
-    (["binary:6", "reject:3"], "stage 1 is finished as binary:4, and --stages has binary:6"),
-    (["open:4", "reject:3"], "stage 1 is finished as binary:4, and --stages has open:4"),
-    (["binary:4"], "stage 2 is finished as reject:3, and --stages has nothing")])
+    (["binary:6", "reject:3"], "finished as binary:4 reject:3, and --stages begins with binary:6 reject:3"),
+    (["open:4", "reject:3"], "finished as binary:4 reject:3, and --stages begins with open:4 reject:3"),
+    (["binary:4"], "finished as binary:4 reject:3, and --stages begins with binary:4.")])
 def test_a_finished_stage_is_known_by_what_it_was(undisturbed, base, tmp_path, capsys, stages, words):
     shutil.copytree(undisturbed[0], out := tmp_path / "run")
     before = outcome(out)
