@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,33 +38,9 @@ from support.directory import RunDirectory
 from support.tiny import SPECIAL, TEMPLATE, tiny_data, tiny_tokenizer
 from support.words import UserError, command
 
-# config.json, generation_config.json, preprocessor_config.json and tokenizer_config.json of
-# Qwen/Qwen2.5-VL-3B-Instruct, in the layout of their release (text settings lie flat)
-CONFIG = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-    "torch_dtype": "bfloat16", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 128_000,
-    "max_window_layers": 70, "num_attention_heads": 16, "num_hidden_layers": 36,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "sliding_window": 32_768,
-    "use_sliding_window": False, "use_cache": True, "tie_word_embeddings": True,
-    "vocab_size": 151_936, "bos_token_id": 151_643, "eos_token_id": 151_645,
-    "vision_start_token_id": 151_652, "vision_end_token_id": 151_653, "vision_token_id": 151_654,
-    "image_token_id": 151_655, "video_token_id": 151_656, "transformers_version": "4.41.2",
-    "vision_config": {
-        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
-        "num_heads": 16, "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14,
-        "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
-        "temporal_patch_size": 2}}
-GENERATION = {
-    "bos_token_id": 151_643, "pad_token_id": 151_643, "eos_token_id": [151_645, 151_643],
-    "do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6}
-PREPROCESSOR = {
-    "min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711], "processor_class": "Qwen2_5_VLProcessor",
-    "image_processor_type": "Qwen2VLImageProcessor"}
+# config.json, generation_config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct, in
+# the layout of their release (text settings lie flat)
+RELEASED = Path(__file__).parent / "released"
 ORDINARY = 151_643  # tokens before the first special one
 PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
          "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]  # added, but not special
@@ -79,7 +56,7 @@ def real_config(width=1):
     Head sizes (128 and 80), hence rotary sections, the windows, one full layer in eight, and the
     vocabulary stay.
     """
-    config = copy.deepcopy(CONFIG)
+    config = json.loads((RELEASED / "config.json").read_text())
     if width > 1:
         vision = config["vision_config"]
         for sizes in (config, vision):
@@ -122,9 +99,9 @@ def real_checkpoint(path, width=1, device="cpu", dtype=torch.float32):
             transformers.Qwen2_5_VLConfig(**copy.deepcopy(config)), dtype=dtype)
     model.save_pretrained(path, max_shard_size="60MB" if width > 1 else "4GB")
     write_tokenizer(path)
-    for name, value in (("config", config), ("generation_config", GENERATION),
-                        ("preprocessor_config", PREPROCESSOR)):
-        (path / f"{name}.json").write_text(json.dumps(value))
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        shutil.copy(RELEASED / name, path)
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
