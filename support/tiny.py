@@ -34,17 +34,22 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, Qwen's split and special tokens, these at the end; `<think>` is several ordinary
-    tokens.
-    """
+def byte_bpe(texts, vocab_size, split=SPLIT, **training) -> Tokenizer:
+    """A byte-level BPE tokenizer in Qwen's way, trained on `texts`."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=340, show_progress=False,
-                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **training))
+    return bpe
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, Qwen's split and special tokens, these at the end; `<think>` is several ordinary tokens."""
+    bpe = byte_bpe(CORPUS, 340)
     bpe.add_special_tokens(SPECIAL)
     bpe.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
