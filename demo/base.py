@@ -118,8 +118,6 @@ def patches(scenes):
     return frames.reshape(-1, 1176)
 
 
-# ---- Lessons ----
-
 class Lesson(NamedTuple):
     """A question to learn from; `images` are numbers of scenes."""
 

@@ -127,9 +127,11 @@ def report(args, bases, jobs, rows, rollouts):
     text = "\n".join(parts)
     Path(args.out, "results.md").write_text(text)
     split, key = next(iter(opened.items()))
-    bars({name: {row: spread(runs.get(row, {}), key) for row in COMPARED}
-          for name, runs in settings.items() if runs}, Path(args.out, "settings.png"),
-         f"{split} in every setting: mean, every run", "accuracy in %")
+    shown = {name: {row: spread(runs.get(row, {}), key) for row in COMPARED}
+             for name, runs in settings.items() if runs}
+    if any(found and found[0] for spreads in shown.values() for found in spreads.values()):
+        bars(shown, Path(args.out, "settings.png"),
+             f"{split} in every setting: mean, every run", "accuracy in %")
     return text
 
 

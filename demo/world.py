@@ -269,6 +269,8 @@ SPLITS = [("train", 720, {}, {form: f"train/{form}.jsonl" for form in FORMS}),
           ("test", 180, {}, {form: f"test/{form}_id.jsonl" for form in FORMS}),
           ("test_pairs", 180, {"held_out": True}, {"open": "test/open_ood_pairs.jsonl"}),
           ("test_more", 180, {"sizes": (4, 5)}, {"open": "test/open_ood_more.jsonl"})]
+GENERAL = [("general", 600, "SFT_data/reject/questions.jsonl"),
+           ("test_general", 180, "grpo_data/test/general.jsonl")]
 
 
 def save_images(folder, name, scenes):
@@ -315,8 +317,7 @@ def write_data(folder, seed):
         scenes = [random_scene(rng, **drawn) for _ in range(count)]
         asked = [ask(scene, tasks[n % 3], rng) for n, scene in enumerate(scenes)]
         write_split(folder, name, scenes, files, asked)
-    for name, count, file in (("general", 600, "SFT_data/reject/questions.jsonl"),
-                              ("test_general", 180, "grpo_data/test/general.jsonl")):
+    for name, count, file in GENERAL:
         write_general(folder, name, [random_scene(rng) for _ in range(count)], file, rng)
 
 
