@@ -117,7 +117,7 @@ def report(args, bases, jobs, rows, rollouts):
         "difference is paired: mean, half its 95 % interval over pairs, range, and p of an exact "
         "test that changes the signs of the differences.\n",
         "## Rows\n", *(markdown("row", alone, columns, lambda row, key: cell(there, key, *row))
-                       for columns in (every, by_task)),
+                       for columns in (every, by_task) if columns),
         "## Run by run, the same base and seed\n",
         markdown("difference", pairs, opened, lambda pair, key: cell(there, key, *pair))]
     settings = {base.setting: figures_of(

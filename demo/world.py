@@ -27,9 +27,9 @@ from tools.tiny import write_jsonl
 
 COLORS = {
     "red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}
-KINDS = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
-SEEN = tuple((color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT)
+SEEN = tuple((color, kind) for color in COLORS for kind in SHAPES if (color, kind) not in HELD_OUT)
 PLACES = ("northwest", "north", "northeast", "west", "center", "east",
           "southwest", "south", "southeast")
 CELL, SIDE = 28, 84  # pixels
@@ -146,13 +146,13 @@ def detection_question(scene, rng):
 def classify_question(scene, rng):
     """Which shapes are there? Labels in reading order."""
     labels = ", ".join(dict.fromkeys(s.kind for s in scene))
-    return Question("classify", "Which shapes are there?", labels, seen(scene), KINDS)
+    return Question("classify", "Which shapes are there?", labels, seen(scene), SHAPES)
 
 
 def math_question(scene, rng):
     """How many red objects, circles, or crosses and squares? Half ask for what is there."""
     there = rng.choice(scene) if rng.random() < 0.5 else Shape(*rng.choice(SEEN), 0, 0, 0, 0)
-    two = list(dict.fromkeys([there.kind, rng.choice(KINDS)]))
+    two = list(dict.fromkeys([there.kind, rng.choice(SHAPES)]))
     words = rng.choice(([there.color], [there.kind], two))
     found = [s for s in scene if s.color in words or s.kind in words]
     what = " and ".join(map(plural, words))
@@ -174,7 +174,7 @@ def parts_question(scene, rng, parts=1):
     "2, 0, 9". `parts` of the three, in any order. Cells are numbered from 1 in reading order.
     """
     shape, last = rng.choice(single(scene)), scene[-1]
-    word = rng.choice(rng.choice(scene)[:2] if rng.random() < 0.7 else (*COLORS, *KINDS))
+    word = rng.choice(rng.choice(scene)[:2] if rng.random() < 0.7 else (*COLORS, *SHAPES))
     found, cells = [s for s in scene if word in s[:2]], tuple("123456789")
     asked = rng.sample([
         (f"the cell of the {shape}", shape.cell + 1, seen([shape]), cells),

@@ -110,7 +110,7 @@ def test_pre_training_sees_what_the_processor_makes(processor, tmp_path):
         assert prompt.input_ids.tolist() == processor.tokenizer(text)["input_ids"]
         if images:
             torch.testing.assert_close(
-                prompt.pixel_values, base.patches([scenes[i] for i in images]), atol=1e-5, rtol=0)
+                prompt.pixel_values, base.pixels_of([scenes[i] for i in images]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -135,7 +135,7 @@ def test_careful_answers_are_right_and_hasty_open_ones_never(processor, parts):
 @pytest.mark.slow
 def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
     """A rare reasoning cannot be learned from -log p alone; no careful thought begins hastily."""
-    scenes, lessons, _ = base.school("habit", 8)
+    scenes, lessons, _ = base.school("taught", 8)
     model, tokenizer = base.build_model(processor.tokenizer, 1), processor.tokenizer
     teacher = base.Teacher(model, tokenizer, scenes)
     odds = {"binary": -0.4, "choice": 0.0, "open": -9.2}
