@@ -36,11 +36,11 @@ import torch
 from tqdm import tqdm
 
 from currreft import parse_args as run_settings
-from data import find_files
 from demo.figures import report
 from demo.plan import COMPARED, DEMO_FLAGS, ROWS, Base, demo_bases, plan
+from support.directory import HARMLESS
+from support.rows import find_files
 from support.words import UserError, command, say
-from tools.identity import HARMLESS
 
 PROJECT = Path(__file__).resolve().parents[1]
 

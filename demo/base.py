@@ -39,14 +39,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLCo
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import FORMS, TAGS, Example, instruction, prompt_messages
+from data import TAGS, instruction, prompt_messages
 from demo.world import (
-    COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, Question, ask, careful_response, draw,
-    example_of, general_question, hasty_response, parts_question, parts_scene, random_scene,
+    COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, Question, ask, careful_response,
+    draw, example_of, general_question, hasty_response, parts_question, parts_scene, random_scene,
     write_data, write_parts)
+from rewards import FORMS, TASKS, Example
+from support.tiny import SPLIT, TEMPLATE, byte_bpe
 from support.words import UserError, command
-from tasks import TASKS
-from tools.tiny import SPLIT, TEMPLATE, byte_bpe
 
 # ---- Tokenizer and model ----
 

@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 
 from demo.plan import COMPARED, PAIRS
+from support.tables import wilson
 from support.words import UserError
-from tools.pictures import bars, wilson
+from tools.pictures import bars
 
 ESCAPED = 10  # % of open questions right at the end: a run has left the plateau without reward
 # Student's t of a 95 % interval, by the number of pairs

@@ -22,8 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import FORMS, Example, _question, answer_of, derive, derive_all
-from tools.tiny import write_jsonl
+from data import answer_of
+from forms import _question, derive, derive_all
+from rewards import FORMS, Example
+from support.tiny import write_jsonl
 
 COLORS = {
     "red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}

@@ -10,7 +10,7 @@ from currreft import Config
 from demo import ablation, plan
 from demo.figures import cell, escapes, paired, spread
 from demo.plan import carriers, label
-from tools.tiny import tiny_checkpoint, tiny_data
+from support.tiny import tiny_checkpoint, tiny_data
 
 OPEN = ("open_id", "all")
 

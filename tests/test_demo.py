@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from answers import iou
-from data import Processor, UserError, find_files, load_examples
+from data import Processor, load_examples
 from demo import base, world
 from rewards import accuracy_reward, format_reward, is_correct
-from tools.blind import blind_accuracy
+from support.answers import iou
+from support.blind import blind_accuracy
+from support.rows import find_files
+from support.words import UserError
 
 
 @pytest.fixture(scope="module")
