@@ -29,22 +29,14 @@ from support.base import MIN_PIXELS, SPECIAL, read_processors, render, save_proc
 from support.images import find_images, image_sizes, load_image, opened
 from support.ranks import gather, world
 from support.rows import (
-    attempt,
-    bare,
-    check_names,
-    declared_tasks,
-    find_files,
-    form_of,
-    one_row,
-    read_rows,
-    refuse_bad_rows,
-    row_task,
-)
+    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task,
+    usable_rows)
 from support.words import RunError, UserError, say
 
 MAX_PIXELS = 401_408  # of a resized image: 512 image tokens
 MAX_TEXT = 200_000  # characters of a question or truth
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")  # <|im_end|>, <|image_pad|>; half a character
+PROSE = ("open", "general")  # form and task whose truth is a reference, maybe prose or a draft
 NUMBER = re.compile(r"\b[1-9]")  # that a change of size changes: no 0, and no "_2d"
 
 
@@ -219,16 +211,17 @@ def check_truth(example: Example, image_size: tuple[int, int] | None) -> None:
     record = TASKS[example.task]
     if record.resize and image_size is None:
         raise UserError(f"a {example.task} row needs an image.")
-    if (example.form, example.task) != ("open", "general"):  # whose reference may be prose
+    if (example.form, example.task) != PROSE:
         answer_of(example.solution)
     if sentence := task_of(example).truth_error(example, image_size):
         raise UserError(sentence)
-    if record.resize and example.form == "open":
-        answers = record.right(example) if record.right else []
-        for text in (truth_of(example), record.spell(example), *answers):
-            if NUMBER.search(text) and not has_places(text, record.resize):
-                raise UserError(f"the `resize` of task {example.task} finds no coordinates in "
-                                f"{text[:80]!r}: they would stay in pixels of another size.")
+    if not record.resize or example.form != "open":
+        return
+    right = record.right(example) if record.right else []
+    for text in [truth_of(example), record.spell(example), *right]:
+        if NUMBER.search(text) and not has_places(text, record.resize):
+            raise UserError(f"the `resize` of task {example.task} finds no coordinates in "
+                            f"{text[:80]!r}: they would stay in pixels of another size.")
 
 
 def has_places(text: str, resize) -> bool:
@@ -240,8 +233,8 @@ def check_payable(example: Example) -> None:
     """UserError if the truth, given as the answer, would not score 1: then no answer could."""
     record, truth = task_of(example), truth_of(example)
     answer = extract_answer(f"<answer>{record.spell(example)}</answer>")
-    if (example.form, example.task) != ("open", "general") and (
-            answer is None or record.accuracy(answer, truth) < 1):
+    paid = answer is not None and record.accuracy(answer, truth) == 1
+    if not paid and (example.form, example.task) != PROSE:
         raise UserError(f"its truth {truth[:80]!r} does not score 1 when it is given as the answer "
                         f"(of at most {MAX_ANSWER:,} characters, without tags); correct it.")
 
@@ -253,7 +246,7 @@ def in_model_pixels(example: Example, image_size, size: tuple[int, int]) -> Exam
     """
     resize = TASKS[example.task].resize or partial(resize_boxes, marked_only=True)
     texts = [example.problem, example.solution, *(text for _, text in example.history)]
-    if any(has_places(text, resize) for text in texts):
+    if TASKS[example.task].resize or any(has_places(text, resize) for text in texts):
         if len(example.images) > 1:
             raise UserError(f"the row has coordinates and {len(example.images)} images; of which?")
         for _, *numbers in BOX.findall("\n".join(texts)):
@@ -280,20 +273,16 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
     root, rows, elsewhere = Path(image_root or Path(path).parent), read_rows(path), []
     read = partial(read_example, root=root, form=form, tasks=declared_tasks(task, TASKS),
                    chat_task=chat_task, allow_outside=allow_outside, elsewhere=elsewhere)
-    drafts = [attempt(read, row, where) for where, row in rows]
-    read = [draft for draft in drafts if isinstance(draft, Example)]
-    sizes = image_sizes(image for example in read for image in example.images)
-    examples = [attempt(checked, draft, sizes, max_pixels) for draft in drafts]
-    usable = [example for example in examples if isinstance(example, Example)]
-    errors = [f"{where}: {error}" for (where, _), error in zip(rows, examples)
-              if isinstance(error, UserError)]
+    drafts = [(where, attempt(read, row, where)) for where, row in rows]
+    found = [draft for _, draft in drafts if isinstance(draft, Example)]
+    sizes = image_sizes(image for draft in found for image in draft.images)
+    results = [(where, attempt(checked, draft, sizes, max_pixels)) for where, draft in drafts]
     placed = {name for name, record in TASKS.items() if record.resize}
-    boxes = [(tuple(map(float, numbers)), sizes[example.images[0]]) for example in read
-             if example.task in placed and example.images
-             for _, *numbers in BOX.findall(truth_of(example))]
-    boxes = [(box, size) for box, size in boxes if isinstance(size, tuple)]
-    refuse_bad_rows(path, errors, len(rows), warnings.box_convention(boxes),
-                    skip_bad_rows and bool(usable))
+    sized = [(truth_of(draft), sizes[draft.images[0]]) for draft in found
+             if draft.task in placed and draft.images]
+    boxes = [(tuple(map(float, numbers)), size) for truth, size in sized if isinstance(size, tuple)
+             for _, *numbers in BOX.findall(truth)]
+    usable = usable_rows(path, results, warnings.box_convention(boxes), skip_bad_rows)
     for sentence in warnings.in_a_file(usable, boxes, elsewhere, placed):
         say(f"{path}: {sentence}")
     return usable

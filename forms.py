@@ -33,8 +33,8 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     """The form of one example by itself, the same for the same (seed, example, form).
 
     `pool`: texts that wrong answers are drawn from (default: its task's), as far as they are wrong;
-    where it has too few, the task invents more. UserError where none is to be had: a truth in words,
-    a pool without absent labels. Of a whole data set `derive_all` makes fairer questions.
+    where it has too few, the task invents more. UserError where there is none: a truth in words, a
+    pool without absent labels. Of a whole data set `derive_all` makes fairer questions.
     """
     if form == example.form:
         return example
@@ -49,7 +49,7 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
 
     Rows go into sets whose answers are wrong for one another. A row whose partners are all taken,
     as its answer is too frequent, is left out; one that no row can lend a wrong answer to gets
-    invented ones, as in `derive`. Rows without such a form are one UserError, or dropped and counted.
+    invented ones, as in `derive`. Rows without such a form are one UserError, or are dropped.
     """
     if form == "open":
         return examples

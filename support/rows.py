@@ -174,19 +174,23 @@ def json_values(text: str) -> list[tuple]:
     return found
 
 
-def refuse_bad_rows(path, sentences: list[str], count: int, convention: str, skip: bool) -> None:
-    """UserError that lists what is wrong with rows of a file; with `skip` they are only counted.
+def usable_rows(path, results, convention: str, skip: bool) -> list:
+    """The values among `results` of a file, [("file:line", value or UserError)].
 
-    `convention`: a sentence that the file as a whole seems to mean something else; never skipped.
+    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole
+    seems to mean something else, as the sentence `convention` says.
     """
-    if not count:
+    usable = [value for _, value in results if not isinstance(value, UserError)]
+    errors = [f"{where}: {error}" for where, error in results if isinstance(error, UserError)]
+    if not results:
         raise UserError(f"{path} holds no rows.")
-    if sentences and skip and not convention:
-        say(f"{path}: dropped {len(sentences)} of {count} rows, the first {sentences[0]}")
-    elif sentences:
+    if errors and (convention or not skip or not usable):
         raise UserError("\n".join([
-            f"{path}: {len(sentences)} of {count} rows cannot be used.", *first(sentences),
+            f"{path}: {len(errors)} of {len(results)} rows cannot be used.", *first(errors),
             convention or "Correct these rows, or drop them with --skip_bad_rows."]))
+    if errors:
+        say(f"{path}: dropped {len(errors)} of {len(results)} rows, the first {errors[0]}")
+    return usable
 
 
 def first(sentences: list[str], most: int = 20) -> list[str]:

@@ -21,15 +21,14 @@ def box_convention(boxes) -> str:
     """
     beyond = sum(box[2] > size[0] + 1 or box[3] > size[1] + 1 for box, size in boxes)
     turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
-    sized = all(0 <= box[n] and box[n] + box[n + 2] <= size[n] + 1
-                for box, size in boxes for n in (0, 1))
+    sized = all(0 <= box[n] <= size[n] + 1 - box[n + 2] for box, size in boxes for n in (0, 1))
     if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as corner and "
-                f"size: they seem to be [x, y, width, height]. {CONVERT} xywh` writes corners.")
-    thousand = all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes)
-    if beyond and beyond >= 0.1 * len(boxes) and thousand:
-        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: they "
-                f"seem to be thousandths of the image. {CONVERT} thousandths` writes pixels.")
+        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, "
+                f"width, height], which they seem to be. {CONVERT} xywh` writes corners.")
+    if beyond and beyond >= 0.1 * len(boxes) and all(
+            0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
+        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: "
+                f"they seem to be thousandths of it. {CONVERT} thousandths` writes pixels.")
     return ""
 
 
@@ -49,13 +48,13 @@ def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
          f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are "
          f"thousandths of the image, {CONVERT} thousandths` writes pixels"),
         (twice, f"{twice} of {len(examples)} rows are there more than once"),
-        (elsewhere, f"{len(elsewhere)} images are named by paths of another machine, and were found by "
-         "the ends of these"),
-        (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the first "
-         f'{asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is converted to model pixels'),
-        (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the first "
-         f"{answered[:1]}; if they are places in the image, they stay in pixels that the model does "
-         "not see: give the task's record a `resize`")]
+        (elsewhere, f"{len(elsewhere)} images are named by paths of another machine, and found by "
+         "their ends"),
+        (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the "
+         f'first {asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
+        (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the "
+         f"first {answered[:1]}; if they are places in the image, give the task's record one, or "
+         "they stay in pixels that the model does not see")]
     return [sentence for sign, sentence in sentences if sign]
 
 
@@ -78,36 +77,34 @@ def of_a_run(cfg, examples: dict) -> list[str]:
     """Sentences about settings that can hardly be meant, given {stage name: its examples}."""
     found = []
     for stage in cfg.curriculum:
-        rows, batch = examples.get(stage.name, ()), cfg.prompts_per_step if stage.forms else cfg.sft_batch
-        passes = stage.steps * batch / len(rows) if rows else 0
-        if passes > (50 if stage.forms else 10):
+        rows = examples.get(stage.name, ())
+        batch, most = (cfg.prompts_per_step, 50) if stage.forms else (cfg.sft_batch, 10)
+        if rows and (passes := stage.steps * batch / len(rows)) > most:
             answers = len({truth_of(example) for example in rows})
-            found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} passes "
-                         f"over {len(rows)} examples, which have {answers} different answers")
+            found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} "
+                         f"passes over {len(rows)} examples with {answers} different answers")
     return found
 
 
 class Watch:
     """Says why nothing seems to be learned, each reason once a stage: called with each log row."""
     STEPS = 20
-    ROUNDING = 1e-3  # nats that sampled and scored log-probabilities may be apart, in float32
 
     def __init__(self):
         self.stage, self.rows, self.said = None, [], set()
+        self.rounding = 1e-3  # nats between sampled and scored log-probabilities, in float32
 
     def __call__(self, row) -> None:
         if row["stage_index"] != self.stage:
             self.stage, self.rows, self.said = row["stage_index"], [], set()
         self.rows = (self.rows + [row])[-self.STEPS:]
-        if "reward" in row:
-            for reason, sentence in self.signs():
-                if reason not in self.said:
-                    self.said.add(reason)
-                    say(sentence)
+        for reason, sentence in self.signs(row) if "reward" in row else ():
+            if reason not in self.said:
+                self.said.add(reason)
+                say(sentence)
 
-    def signs(self):
+    def signs(self, row):
         """(reason, sentence) of each sign in the last rows."""
-        row = self.rows[-1]
         if row["logp_gap"] > self.rounding:
             yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-"
                           f"probabilities are {row['logp_gap']:.2g} apart, far above rounding: the "
@@ -119,16 +116,16 @@ class Watch:
                                     for name in ("reward", "truncated", "equal_groups"))
         last = f"{row['stage']}, the last {self.STEPS} steps:"
         if truncated > 0.5:
-            yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their end; "
-                                "raise --max_completion_length, or start from a model that says less")
+            yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their "
+                                "end; raise --max_completion_length, or train a terser model")
         if reward == 0:
-            yield "reward", (f"{last} every reward was 0, so there is nothing to learn from; look at "
+            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at "
                              "samples.jsonl, and begin with an easier form or with a model that "
                              "answers in the format")
         elif equal > 0.9:
-            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, and these "
-                            "teach nothing; ask harder questions if they are all right, else easier "
-                            "ones, or raise --num_generations or --temperature")
+            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which "
+                            "teaches nothing; ask harder questions if they are all right, else "
+                            "easier ones, or raise --num_generations or --temperature")
 
 
 def same(example) -> tuple:
@@ -146,6 +143,8 @@ def text_only_truths(truths) -> list[str]:
 
     "10 people or 12", "x \\\\in A"; but not "20/3", "(1, 2)", "B", "isosceles".
     """
-    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and parse_number(truth) is None
-            and not parse_letters(truth)
-            and not (elements(truth) and all(map(parse_number, elements(truth)[1])))]
+    def read(truth):
+        parts = elements(truth)
+        numbers = parts and all(map(parse_number, parts[1]))
+        return numbers or parse_number(truth) is not None or parse_letters(truth)
+    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and not read(truth)]

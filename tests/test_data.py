@@ -148,11 +148,6 @@ def test_boxes_of_truth_and_problem_share_the_models_pixels(tmp_path, processor)
         processor(opened)
 
 
-def test_number_lists_of_other_tasks_are_no_boxes(tmp_path, picture):
-    (example,) = load(tmp_path, row(problem="Mean of [1, 2, 3, 4]?", image="a.png"))
-    assert example.problem == "Mean of [1, 2, 3, 4]?"
-
-
 def test_a_record_that_finds_no_coordinates_is_refused(tmp_path, picture, monkeypatch):
     """They would stay in pixels of the original, and options would leave the image."""
     def record(**fields):
@@ -192,18 +187,18 @@ def test_model_size_is_what_the_processor_does(tmp_path, processor, size):
 # ---- Prompts and tokens ----
 
 def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
-    def chat(*texts):
-        turns = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
-        return {"messages": turns, "images": ["a.png"]}
+    def chat(*texts, images=1):
+        turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+        return {"conversations": turns, "images": ["a.png"] * images}
 
-    single, several = load(tmp_path, chat("<image>\nWhat color?", "red"),
-                           chat("Hi", "Hello", "<image>Is it red?", "yes"))
-    assert single.problem == "What color?" and single.solution == "red"
+    single, several = load(tmp_path, chat("<image>\nWhat color?", "red"), chat(
+        "Hi", "Hello", "Is <image> larger than <image>?", "no", images=2))
+    assert (single.task, single.problem, single.solution) == ("general", "What color?", "red")
     assert several.history == (("user", "Hi"), ("assistant", "Hello"))
     messages = prompt_messages(several)
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
-    assert [part["type"] for part in messages[2]["content"]] == ["image", "text"]
-    assert processor(several).image_grid_thw.shape == (1, 3)
+    assert [part["type"] for part in messages[2]["content"]] == ["text", "image"] * 2 + ["text"]
+    assert processor(several).image_grid_thw.shape == (2, 3)
     with pytest.raises(UserError, match="2 times.*1 images"):
         load(tmp_path, chat("<image><image>What color?", "red"))
 

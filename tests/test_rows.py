@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import currreft
-from data import Processor, load_data, load_examples, prompt_messages, taught
+from data import Processor, load_data, load_examples, taught
 from rewards import TASKS, accuracy_reward
 from support.answers import parse_labels, truth_of
 from support.rows import declared_tasks, find_files, read_rows
@@ -124,17 +124,6 @@ def test_files_are_lists_objects_and_lines(root):
     (root / "rows.json").write_text(json.dumps(row) * 2)
     with pytest.raises(UserError, match="rows.json:1: broken JSON"):
         load_examples(root / "rows.json", task="math")
-
-
-def test_chats_keep_earlier_turns_and_images_at_their_places(root):
-    names = ("from", "value")
-    row = {"image": ["a.png", "b.png"], "conversations": [turn(role, text, names) for role, text in (
-        ("human", "Hi"), ("gpt", "Hello"), ("human", "Is <image> larger than <image>?"),
-        ("gpt", "no"))]}
-    (example,) = load(root, row)
-    assert example.task == "general" and example.history == (("user", "Hi"), ("assistant", "Hello"))
-    parts = prompt_messages(example)[2]["content"]
-    assert [part["type"] for part in parts] == ["text", "image", "text", "image", "text"]
 
 
 # ---- Tasks and forms of files ----
