@@ -88,10 +88,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path, max_pixels: int | None = MAX_PIXELS) -> "Processor":
-        """Read a directory or hub name; UserError if it is no Qwen2.5-VL or lacks a part.
-
-        max_pixels: of an image at most, MIN_PIXELS at least; None: what the checkpoint itself says.
-        """
+        """Read a directory or hub name; max_pixels None: what the checkpoint itself says."""
         return cls(*read_processors(path, max_pixels))
 
     def save_pretrained(self, path) -> None:
@@ -349,28 +346,21 @@ def _epoch(n: int, epoch: int, seed: int) -> tuple[int, ...]:
 # ---- All that a run will need ----
 
 def load_data(cfg):
-    """Read and check every file the run will need, before any model is loaded.
-
-    Returns ({stage name: examples}, test examples, questions of the reject stage).
-    """
+    """({stage name: examples}, test examples, questions) of a run: all that it will need."""
     files, options = find_files(cfg.data), {
         "image_root": cfg.image_root or cfg.data, "task": cfg.task, "max_pixels": cfg.max_pixels,
         "skip_bad_rows": cfg.skip_bad_rows, "allow_outside": cfg.allow_outside}
     path = cfg.questions or files["questions"]
     paths = [*files["train"].values(), *(file for _, file in files["test"].values()), path]
     check_names(declared_tasks(cfg.task, TASKS), paths)
-    forms = {stage.name: stage.forms or (("open",) if stage.name == "sft" else ())
-             for stage in cfg.curriculum}
-    train = training_forms(files["train"], {form for each in forms.values() for form in each},
-                           cfg.seed, **options)
-    examples = {name: [e for form in each for e in train[form]]
-                for name, each in forms.items() if each}
-    questions = []
-    if "reject" in forms:
-        if not path:
-            raise UserError(f"--data {cfg.data} has no questions for the reject stage; name a file "
-                            "with --questions")
-        questions = load_examples(path, chat_task="general", **options)
+    stages = {stage.name: stage.forms or ("open",) for stage in cfg.curriculum}  # sft: open
+    reject = stages.pop("reject", None)
+    train = training_forms(files["train"], set().union(*stages.values()), cfg.seed, **options)
+    examples = {name: [e for form in forms for e in train[form]] for name, forms in stages.items()}
+    if reject and not path:
+        raise UserError(f"--data {cfg.data} has no questions for the reject stage; name a file "
+                        "with --questions")
+    questions = load_examples(path, chat_task="general", **options) if reject else []
     tests = []  # every split's rows, labeled with its name
     for split, (form, file) in files["test"].items():
         rows = [replace(e, split=split) for e in load_examples(file, form=form, **options)]
