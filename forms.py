@@ -41,7 +41,7 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     rng, right = _rng(example, form, seed), right_answers(example, form)
     texts = sorted(set(TASKS[example.task].pool if pool is None else pool))
     texts = rng.sample(texts, len(texts))
-    return _question(example, form, rng.sample(right, len(right)), texts, rng)
+    return make_question(example, form, rng.sample(right, len(right)), texts, rng)
 
 
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False):
@@ -189,7 +189,7 @@ def _rng(example: Example, form: str, seed: int) -> random.Random:
     return random.Random(hashlib.sha256(key.encode()).digest())
 
 
-def _question(example: Example, form: str, right, texts, rng, lent=0) -> Example:
+def make_question(example: Example, form: str, right, texts, rng, lent=0) -> Example:
     """The example in another form: wrong answers are the first of `texts` that are, else invented.
 
     lent: how many right ones an option question shows (0: any).

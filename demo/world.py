@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import answer_of
-from forms import _question, derive, derive_all
+from forms import make_question, derive, derive_all
 from rewards import FORMS, Example
 from support.tiny import write_jsonl
 
@@ -216,7 +216,7 @@ def example_of(question, image, form="open"):
         return derive(example, form, question.pool)
     right = str(json.loads(question.answer)[0]["bbox_2d"])
     rng = random.Random(f"{form} {image} {question.problem}")
-    return _question(example, form, [right], question.pool[:3], rng, 1)
+    return make_question(example, form, [right], question.pool[:3], rng, 1)
 
 
 # ---- Answers to learn from ----

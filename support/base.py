@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from support.words import UserError
 

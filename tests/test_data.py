@@ -8,18 +8,10 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data import (
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Processor,
-    answer_of,
-    batch_indices,
-    instruction,
-    load_examples,
-    model_size,
-    prompt_messages,
-    taught,
-)
+    MAX_PIXELS, Processor, answer_of, batch_indices, instruction, load_examples, model_size,
+    prompt_messages, taught)
 from rewards import TASKS, Example, Task, accuracy_reward, format_reward, resize_boxes, truth_boxes
+from support.base import MIN_PIXELS
 from support.rows import find_files
 from support.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
 from support.words import UserError

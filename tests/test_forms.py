@@ -13,10 +13,11 @@ import forms
 from forms import derive, derive_all, wrong_answers
 from rewards import TASKS, Example, math_accuracy, related
 from support.answers import iou, parse_boxes, parse_labels, parse_letters, truth_of
+from support.blind import blind_accuracy, blind_report, candidates
 from support.tiny import write_jsonl
 from support.words import UserError
 from tools import blind
-from tools.blind import blind_accuracy, blind_report, candidates, made_examples
+from tools.blind import made_examples
 
 OPEN = {
     "detection": Example(problem="Where is the cup?", solution='[{"bbox_2d": [28, 14, 84, 70]}]',

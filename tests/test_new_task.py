@@ -14,14 +14,7 @@ import pytest
 import currreft
 from data import instruction, load_examples
 from forms import derive, derive_all
-from rewards import (
-    TASKS,
-    Task,
-    accuracy_reward,
-    detection_truth_error,
-    format_reward,
-    resize_boxes,
-)
+from rewards import TASKS, Task, accuracy_reward, detection_truth_error, format_reward, resize_boxes
 from support.answers import parse_boxes, parse_letters, truth_of
 from support.tiny import tiny_checkpoint, tiny_image, write_jsonl
 from support.words import UserError

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from currreft import assign_rewards, begin, parse_args, rollout, update
+from support.answers import truth_of
 from support.blind import blind_report
 from support.optimizer import ShardedAdamW
 from support.ranks import leave
@@ -34,7 +35,8 @@ def check(run):
             f"    {rows[0].where}: {one_line(rows[0].problem)}\n"
             f"    truth: {one_line(rows[0].solution)}")
     asked = [example for rows in run.examples.values() for example in rows]
-    if written := list(dict.fromkeys(text_only_truths(asked))):
+    truths = [truth_of(e) for e in asked if (e.task, e.form) == ("math", "open")]
+    if written := list(dict.fromkeys(text_only_truths(truths))):
         say(f"{len(written)} true answers are paid only as they are written: "
             f"{', '.join(map(one_line, written[:3]))}")
     for sentence in blind_report(asked):
