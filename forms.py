@@ -74,7 +74,7 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
                 if not (len(texts) > 2 or form == "binary" and texts):
                     texts += _drawn(row, rows, form, seed)
                 rng = _rng(row.example, form, seed)
-                made[row.place] = attempt(_question, row.example, form, row.right, texts, rng, lent)
+                made[row.place] = attempt(make_question, row.example, form, row.right, texts, rng, lent)
     errors = [str(error) for error in made.values() if isinstance(error, UserError)]
     if errors and not (skip_bad_rows and len(errors) < len(made)):
         raise UserError("\n".join([*first(errors), "Correct them, give the form a file of its own, "

@@ -39,7 +39,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLCo
 from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import TAGS, instruction, prompt_messages
+from data import instruction, prompt_messages
 from demo.world import (
     COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, Question, ask, careful_response,
     draw, example_of, general_question, hasty_response, parts_question, parts_scene, random_scene,
@@ -73,7 +73,7 @@ def corpus_tokenizer(lessons):
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL_TOKENS, model_max_length=4096)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False)
-                          for text in (*TAGS, *sorted(rules))])
+                          for text in ("<think>", "</think>", "<answer>", "</answer>", *sorted(rules))])
     tokenizer.chat_template = re.sub(  # without a system prompt
         r"{% if loop.first.*?{% endif %}", "", TEMPLATE, flags=re.DOTALL)
     return tokenizer

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import answer_of
-from forms import make_question, derive, derive_all
+from forms import derive, derive_all, make_question
 from rewards import FORMS, Example
 from support.tiny import write_jsonl
 

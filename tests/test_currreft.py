@@ -264,11 +264,11 @@ def test_a_generator_that_knows_no_entropy_and_samples_otherwise_is_told(flags, 
 # ---- Every flag reaches what it sets ----
 
 BASELINE = ["--stages", "open:2", "reject:1", "--updates_per_rollout", "2", "--lr", "1e-2", "--num_generations", "3",
-            "--max_completion_length", "6", "--max_pixels", "6272", "--eval_limit", "1"]
+            "--max_completion_length", "6", "--eval_limit", "1"]
 CHANGES = ["--seed 1", "--temperature 0.5", "--prompts_per_step 1", "--num_generations 2", "--beta 0.5", "--epsilon 0.001",
            "--updates_per_rollout 1", "--max_completion_length 5", "--max_pixels 4704", "--lr 1e-3", "--sft_lr 1e-4",
            "--lr_schedule cosine", "--partial_credit 0.7", "--soft_iou", "--freeze_vision", "--sft_batch 1",
-           "--reject_samples 1", "--reject_threshold 60", "--stages choice:2 reject:1", "--dtype bfloat16",
+           "--reject_samples 1", "--reject_threshold 30", "--stages choice:2 reject:1", "--dtype bfloat16",
            "--eval_limit 2", "--questions {data}/SFT_data/reject/few.jsonl"]
 
 
@@ -277,7 +277,7 @@ def shown(base, out, monkeypatch, *changes):
     def reward(text, example, partial_credit, soft_iou):
         return letters(text) * (partial_credit + soft_iou + 1) / 3
     monkeypatch.setattr(currreft, "accuracy_reward", reward)
-    monkeypatch.setattr(sample, "quality_score", lambda text, example: 100 * letters(text))
+    monkeypatch.setattr(sample, "quality_score", lambda text, example: 100 * letters(text) * ("Look." not in text))
     main(["--model", str(base[0]), "--data", str(base[1]), *SMALL, *BASELINE, *changes, "--out", str(out)])
     return outcome(out)
 

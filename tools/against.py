@@ -18,15 +18,16 @@ import torch
 import transformers
 
 import currreft
-from currreft import Config, Stage
-from data import Example, instruction
-from distributed import ShardedAdamW, UserError
-from engine import forbidden_bias, generate, load_policy
-from rewards import format_reward
-from run import Run
+from currreft import Config, Run, Stage
+from data import instruction
+from engine import generate, load_policy
+from packed import forbidden_bias
+from rewards import Example, format_reward
+from support.optimizer import ShardedAdamW
+from support.tiny import tiny_image, tiny_tokenizer
+from support.words import UserError
 from tools.floor import step_floor
 from tools.timing import Cost, build, compared, interleaved, make_prompt, timed
-from tools.tiny import tiny_image, tiny_tokenizer
 
 HERE = Path(__file__).parent
 

@@ -14,11 +14,10 @@ from xml.etree import ElementTree
 
 import yaml
 
-from answers import parse_boxes, parse_labels
 from data import check_text
-from distributed import UserError
-from tools.images import ENDINGS, opened, resolve_image
-from tools.shapes import BOX
+from support.answers import BOX, parse_boxes, parse_labels
+from support.images import ENDINGS, opened, resolve_image
+from support.words import UserError
 
 CONVENTIONS = ("xyxy", "xywh", "fractions", "thousandths")      # two corners, corner and size, shares of the image
 IMAGES = ("file_name", "image", "img_name", "image_path", "img_path", "filename")  # keys of an image's name, the first

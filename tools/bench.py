@@ -31,16 +31,18 @@ import torch
 import transformers
 
 import engine
-from currreft import group_advantages, grpo_loss, token_logps
-from data import Example
-from distributed import ShardedAdamW, UserError
-from engine import attach_attention, forbidden_bias, generate, pack
-from rewards import accuracy_reward, quality_score
+from currreft import group_advantages, grpo_loss
+from engine import generate
+from packed import attach_attention, forbidden_bias, pack, token_logps
+from rewards import Example, accuracy_reward
+from sample import quality_score
+from support.optimizer import ShardedAdamW
+from support.words import UserError, terminal
 from tools.against import against_trl, against_vllm
 from tools.floor import decode_parts, update_floor, update_parts
 from tools.growth import growth_cases
 from tools.timing import SIZES, build, compared, hf_inputs, interleaved, make_prompt, plain, timed
-from tools.terminal import terminal
+
 
 def rollout(model, processor, device, repeats, prompts=4, G=8, new=128, length=200):
     """Tokens per second of the engine and of generate(num_return_sequences=G): same prompts, same number of tokens."""

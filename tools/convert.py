@@ -29,16 +29,15 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from answers import parse_labels
-from data import Example, answer_of, checked, derive
-from distributed import UserError
-from tasks import TASKS
+from data import answer_of, checked
+from forms import derive
+from rewards import TASKS, Example, task_of
+from support.answers import BOX, parse_labels
+from support.images import inspect_image, resolve_image
+from support.rows import bare, declared_tasks, one_row, read_rows
+from support.warnings import family
+from support.words import UserError, terminal
 from tools.annotations import CONVENTIONS, coco, corners, read_json, refcoco, voc, yolo
-from tools.doubts import family
-from tools.images import inspect_image, resolve_image
-from tools.layout import declared_tasks, read_rows, task_of
-from tools.shapes import BOX, bare, one_row
-from tools.terminal import terminal
 
 # ---- Choosing and writing ----
 

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 
 import engine
-from currreft import token_logps
-from engine import attach_attention, forbidden_bias, generate, pack
+from engine import generate
+from packed import attach_attention, forbidden_bias, pack, token_logps
 from tools.timing import interleaved, make_prompt, timed
 
 

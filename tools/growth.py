@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 
 import currreft
-from currreft import Config, token_logps
-from data import Example
-from distributed import join_ranks
-from engine import attach_attention, forbidden_bias, generate, load_policy, pack
+from currreft import Config
+from engine import generate, load_policy
+from packed import attach_attention, forbidden_bias, pack, token_logps
+from rewards import Example
 from sample import evaluate, rejection_sample
+from support.ranks import join_ranks
+from support.tiny import tiny_image, write_jsonl
 from tools.against import our_step, write_checkpoint, write_examples
 from tools.timing import interleaved, make_prompt, timed
-from tools.tiny import tiny_image, write_jsonl
 
 BASE = dict(prompts=2, G=8, P=200, C=64, image=100)  # a prompt of 200 tokens, 100 of them a picture of 280 x 280
 GROWN = {"prompts": (4, 8), "G": (16, 32), "P": (400, 800), "C": (128, 256), "image": (196, 400)}  # x 2 and x 4

@@ -16,9 +16,8 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-from distributed import UserError
-from tools.images import opened
-from tools.terminal import terminal
+from support.images import opened
+from support.words import UserError, terminal
 
 
 def parquet_rows(files):
