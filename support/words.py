@@ -101,7 +101,9 @@ def command(main):
             try:
                 return main(argv) or 0
             except (UserError, OSError) as error:
-                print(f"{Path(main.__code__.co_filename).stem}: {error}", file=sys.stderr)
+                file = Path(main.__code__.co_filename)
+                name = file.stem if file.stem != "__main__" else file.parent.name
+                print(f"{name}: {error}", file=sys.stderr)
                 return 1 if isinstance(error, RunError) else 2
             except KeyboardInterrupt:
                 return 130

@@ -10,7 +10,7 @@ import torch
 from bench.__main__ import main
 from bench.ground import Cost, build, compared, in_turn, make_prompt, plain, plain_inputs
 from bench.rollouts import beside_vllm, shared_prompts, vllm_pair
-from bench.updates import Turns, full_step, group_update, our_run, our_step
+from bench.updates import Turns, full_step, group_update, our_run
 from engine import generate
 from packed import attach_attention, forbidden_bias, pack, token_logps
 from support.words import UserError
