@@ -147,9 +147,7 @@ class RunDirectory:
     # ---- Find where to go on ----
 
     def checkpoints(self):
-        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the
-        others]).
-        """
+        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with others])."""
         found, faults = [], []
         for folder in ("checkpoints", "stages"):
             for path in self.out.glob(f"{folder}/[0-9]*/"):
@@ -160,9 +158,7 @@ class RunDirectory:
         return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
 
     def whole_checkpoint(self):
-        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says
-        which are not.
-        """
+        """(path, state) of the furthest checkpoint that is whole, with all that it rests on, or None."""
         found, faults = self.checkpoints()
         for sentence in faults:
             say(f"{sentence}; that checkpoint is left out")
@@ -240,8 +236,7 @@ class RunDirectory:
     def begin(self, path, state, record, changed):
         """Make the directory what it was at a checkpoint: what is later will be written again. Rank 0 alone.
 
-        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was
-        made.
+        Returns the rows of results.json: the checkpoint's, and that of its own evaluation if it was made.
         """
         step = state.get("global_step", 0)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -286,8 +281,7 @@ os.umask(UMASK)
 # ---- What a run is made of ----
 
 def made_of(cfg, examples):
-    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a
-    run uses.
+    """{"data": {file: digest}, "images": .., "model": .., "code": ..} of all that a run uses.
 
     Files and images are named relative to --data and --image_root where they lie in them.
     """

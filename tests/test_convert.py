@@ -10,26 +10,23 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tools.tiny import tiny_image, write_jsonl
+from runs import refused
 
 import tools.convert as convert
-import tools.parquet as parquet
-import tools.pictures as pictures
-from answers import parse_boxes, parse_labels
-from data import answer_of, derive_all, load_examples
-from tasks import truth_boxes, truth_of
+from data import answer_of, load_examples
+from forms import derive_all
+from rewards import truth_boxes
+from support.answers import parse_boxes, parse_labels, truth_of
+from support.tiny import tiny_image, write_jsonl
+from tools.convert import parquet
 
 
 def run(*arguments):
-    convert.main([str(argument) for argument in arguments])
+    assert convert.main([str(argument) for argument in arguments]) == 0
 
 
 def failed(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in said
-    return said
+    return refused(capsys, arguments, program=convert.main)
 
 
 def rows_of(path):
