@@ -1,8 +1,7 @@
 """What is looked for in a base model before anything is begun, so that only what can be trained is.
 
-`read_processors`: are tokenizer, template and image processor there, and show what is asked?
-`base_config`: are they and the configuration those of one Qwen2.5-VL? `check_weights`: are all
-numbers there?
+`read_processors`: are tokenizer, template and image processor there, and show what is asked? `base_config`:
+are they and the configuration those of one Qwen2.5-VL? `check_weights`: are all numbers there?
 """
 
 import json
@@ -74,10 +73,9 @@ def read_processors(path, max_pixels=None):
 def save_processors(path, image_processor, files):
     """Write `files` of a checkpoint into a directory, with the pixel limits of an image processor.
 
-    Training changes weights alone, so whatever opens the checkpoint opens the result: older
-    transformers, vLLM. The limits stand wherever one of them looks, or it would show images in
-    other pixels: `size` is read by transformers 5, the two others by 4.49 to 4.52, and
-    AutoProcessor prefers processor_config.json.
+    Training changes weights alone, so whatever opens the checkpoint opens the result: older transformers,
+    vLLM. The limits stand wherever one of them looks, or it would show images in other pixels: `size` is read
+    by transformers 5, the two others by 4.49 to 4.52, and AutoProcessor prefers processor_config.json.
     """
     image_processor.save_pretrained(path)
     for name, content in files.items():
@@ -126,8 +124,7 @@ def base_config(path, processor):
         with torch.device("meta"):
             transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
     except Exception as error:  # not narrower: its modules raise anything, an AssertionError, too
-        raise UserError(f"{path}: its config.json makes no Qwen2.5-VL model: "
-                        f"{first_line(error)}") from error
+        raise UserError(f"{path}: its config.json makes no Qwen2.5-VL model: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(f"{path} is quantized, and quantized weights cannot be trained; name the "
                         "checkpoint it was made of")

@@ -5,11 +5,10 @@ Rows as people have them -> the one row that data.py reads; tables tell what eac
     {"problem": text, "solution": text, "history": [(role, text), ..], "images": [path, ..],
      "task": text or None, "form": text or None, "chat": were they turns that end in the answer?}
 
-Read are problem and solution under any of their names, and chats of role/content (OpenAI, TRL,
-LLaMA-Factory, ms-swift) or from/value (LLaVA, Qwen2.5-VL's fine-tuning, VLM-R1, InternVL, Geo170K,
-MathV360K), contents as text or as a list of parts, ending in the answer or in a question with its
-truth beside. What would be left unread and changes what is asked (a video, a picture under another
-key, a place for one) is a UserError.
+Read are problem and solution under any of their names, and chats of role/content (OpenAI, TRL, LLaMA-Factory,
+ms-swift) or from/value (LLaVA, Qwen2.5-VL's fine-tuning, VLM-R1, InternVL, Geo170K, MathV360K), contents as
+text or as a list of parts, ending in the answer or in a question with its truth beside. What would be left
+unread and changes what is asked (a video, a picture under another key, a place for one) is a UserError.
 """
 
 import json
@@ -49,9 +48,9 @@ def form_of(name: str) -> str:
 def find_files(data_dir) -> dict:
     """A task directory: {"train": {form: path}, "test": {split: (form, path)}, "questions": path}.
 
-    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl or .json
-    file or a folder of them, and test splits test/**/*.jsonl and train/**/*_test.jsonl;
-    SFT_data/reject or questions.jsonl. None where there is none; UserError where there is nothing.
+    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl or .json file or a
+    folder of them, and test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or
+    questions.jsonl. None where there is none; UserError where there is nothing.
     """
     root, train, test = Path(data_dir), dict.fromkeys(("binary", "choice", "open")), {}
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
@@ -119,8 +118,8 @@ def check_names(declared, paths) -> None:
 def read_rows(path) -> list[tuple]:
     """[("file:line", row, or a UserError for a broken one)] of a file, or of a folder but `*_test`.
 
-    A file holds JSON values, each beginning a line; one list of objects; or one object of objects
-    (then the number of the object stands for the line).
+    A file holds JSON values, each beginning a line; one list of objects; or one object of objects (then the
+    number of the object stands for the line).
     """
     files = [file for file in json_files(path) if not file.stem.endswith("_test")]
     files = files if Path(path).is_dir() else [Path(path)]
@@ -177,8 +176,8 @@ def json_values(text: str) -> list[tuple]:
 def usable_rows(path, results, convention: str, skip: bool) -> list:
     """The values among `results` of a file, [("file:line", value or UserError)].
 
-    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole
-    seems to mean something else, as the sentence `convention` says.
+    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole seems to
+    mean something else, as the sentence `convention` says.
     """
     usable = [value for _, value in results if not isinstance(value, UserError)]
     errors = [f"{where}: {error}" for where, error in results if isinstance(error, UserError)]

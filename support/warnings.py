@@ -25,8 +25,7 @@ def box_convention(boxes) -> str:
     if turned and turned >= 0.1 * len(boxes) and sized:
         return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, "
                 f"width, height], which they seem to be. {CONVERT} xywh` writes corners.")
-    if beyond and beyond >= 0.1 * len(boxes) and all(
-            0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
+    if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
         return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: "
                 f"they seem to be thousandths of it. {CONVERT} thousandths` writes pixels.")
     return ""
@@ -35,8 +34,8 @@ def box_convention(boxes) -> str:
 def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
     """Sentences about the examples of one file and its boxes, [(box, image size), ..].
 
-    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are
-    places in an image, which are converted to the pixels that the model sees.
+    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are places in
+    an image, which are converted to the pixels that the model sees.
     """
     wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
@@ -119,9 +118,8 @@ class Watch:
             yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their "
                                 "end; raise --max_completion_length, or train a terser model")
         if reward == 0:
-            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at "
-                             "samples.jsonl, and begin with an easier form or with a model that "
-                             "answers in the format")
+            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at samples.jsonl, and "
+                             "begin with an easier form or with a model that answers in the format")
         elif equal > 0.9:
             yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which "
                             "teaches nothing; ask harder questions if they are all right, else "

@@ -86,8 +86,7 @@ def test_all_bad_rows_are_named_at_once_with_their_lines(tmp_path, capsys):
         load(tmp_path, *rows)
     for line, words in {2: "broken JSON", 3: "not a JSON object", 4: '"problem"', 5: '"solution"',
                         6: "'segment'", 7: "--task"}.items():
-        assert any(f"rows.jsonl:{line}: " in said and words in said
-                   for said in str(error.value).splitlines())
+        assert any(f"rows.jsonl:{line}: " in said and words in said for said in str(error.value).splitlines())
     assert len(load(tmp_path, *rows, skip_bad_rows=True)) == 1
     assert "dropped 6 of 7 rows" in capsys.readouterr().err
     with pytest.raises(UserError) as error:

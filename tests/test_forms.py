@@ -62,8 +62,7 @@ def test_questions_are_those_of_earlier_versions():
     rng = random.Random(7)
     rows = numbers(*rng.choices(range(30), k=80))
     rows += [replace(OPEN["classify"], problem="List them.", where=f"labels:{n}", images=(f"{n}",),
-                     solution=", ".join(rng.sample(["cat", "dog", "bus", "car"], 2)))
-             for n in range(60)]
+                     solution=", ".join(rng.sample(["cat", "dog", "bus", "car"], 2))) for n in range(60)]
     rows += [replace(OPEN["detection"], solution=f"[[{n}, 2, {n + 40}, 60]]", where=f"boxes:{n}",
                      size=(280, 196 + 28 * (n % 3))) for n in range(60)]
     made = [(e.where, e.problem, e.solution) for form in ("binary", "choice") for seed in (0, 5)
@@ -81,8 +80,7 @@ def test_the_same_rows_give_the_same_questions_in_any_order_and_place():
         assert {(e.where, e.problem, e.solution) for e in mixed} == {
             (e.where, e.problem, e.solution) for e in first} and len(mixed) == len(first)
         assert first != derive_all(rows, form, seed=4)
-        places = [rows.index(next(r for r in rows if r.where == e.where and r.task == e.task))
-                  for e in first]
+        places = [rows.index(next(r for r in rows if r.where == e.where and r.task == e.task)) for e in first]
         assert places == sorted(places)
 
 
@@ -298,8 +296,7 @@ def smallest(rng):
 
 
 def large_box(rng):
-    texts = [json.dumps([x := rng.randrange(50), y := rng.randrange(50), x + 9, y + 9])
-             for _ in range(4)]
+    texts = [json.dumps([x := rng.randrange(50), y := rng.randrange(50), x + 9, y + 9]) for _ in range(4)]
     texts[right := rng.randrange(4)] = json.dumps([5, 5, 90, 95])
     return texts, right
 

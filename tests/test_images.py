@@ -30,8 +30,7 @@ def processor(tmp_path_factory):
 def decoded(monkeypatch):
     """The names of files that were looked at, in order."""
     seen, inspect = [], images.inspect_image
-    monkeypatch.setattr(images, "inspect_image",
-                        lambda path: seen.append(Path(path).name) or inspect(path))
+    monkeypatch.setattr(images, "inspect_image", lambda path: seen.append(Path(path).name) or inspect(path))
     return seen
 
 
