@@ -14,7 +14,8 @@ import engine
 from currreft import grpo_loss
 from data import Prompt, load_examples
 from engine import generate, inverse_cdf, load_policy
-from packed import forbidden_bias, pack, token_logps
+from packed import SelectedLogps, embed_patches, forbidden_bias, image_features, pack, rms_norm, token_logps
+from packed import _chunks as chunks
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
 from support.words import UserError
@@ -114,14 +115,14 @@ def test_decode_rounds_its_norms_as_the_model_does(world, dtype):
     norm = copy.deepcopy(world[0].model.language_model.norm).to(dtype)
     torch.nn.init.normal_(norm.weight, 1.0, 0.3)
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
-    assert torch.equal(engine.rms_norm(norm, x), norm(x)) if dtype == torch.bfloat16 else \
-        torch.allclose(engine.rms_norm(norm, x), norm(x), atol=1e-6)
+    assert torch.equal(rms_norm(norm, x), norm(x)) if dtype == torch.bfloat16 else \
+        torch.allclose(rms_norm(norm, x), norm(x), atol=1e-6)
 
 
 def test_patches_are_embedded_as_by_the_convolution(world):
     """Value and gradient, against the class's own forward, which a loaded policy no longer uses."""
     module, pixels = world[0].model.visual.patch_embed, torch.randn(20, 1176)
-    assert module.forward.func is engine.embed_patches
+    assert module.forward.func is embed_patches
     results = []
     for forward in (module.forward, type(module).forward.__get__(module)):
         module.zero_grad()
@@ -154,8 +155,8 @@ def test_entropy_is_that_of_the_distribution_that_was_sampled(world):
 def test_a_frozen_head_gets_no_gradient(world):
     """At 3B the head's gradient alone is 0.6 GB."""
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
-    logps = engine.SelectedLogps.apply(hidden, weight, torch.arange(5), torch.zeros(11), 1.0)
-    assert engine.SelectedLogps.backward(logps.grad_fn, torch.ones(5))[1] is None
+    logps = SelectedLogps.apply(hidden, weight, torch.arange(5), torch.zeros(11), 1.0)
+    assert SelectedLogps.backward(logps.grad_fn, torch.ones(5))[1] is None
     logps.sum().backward()
     (expected,) = torch.autograd.grad((hidden @ weight.T).log_softmax(-1)[range(5), range(5)].sum(), hidden)
     torch.testing.assert_close(hidden.grad, expected)
@@ -213,8 +214,8 @@ def test_log_probabilities_in_chunks_equal_the_naive_ones(monkeypatch):
         if naive:
             logps = ((h @ w.T) / 0.6 + bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         else:
-            monkeypatch.setattr(engine, "_chunks", lambda n, v: [slice(i, min(i + 4, n)) for i in range(0, n, 4)])
-            logps = engine.SelectedLogps.apply(h, w, targets, bias, 0.6)
+            monkeypatch.setattr("packed._chunks", lambda n, v: [slice(i, min(i + 4, n)) for i in range(0, n, 4)])
+            logps = SelectedLogps.apply(h, w, targets, bias, 0.6)
         (logps * out).sum().backward()
         grads.append((logps, h.grad, w.grad))
     for a, b in zip(*grads):
@@ -222,8 +223,8 @@ def test_log_probabilities_in_chunks_equal_the_naive_ones(monkeypatch):
 
 
 def test_chunks_never_hold_more_than_their_budget():
-    assert max(c.stop - c.start for c in engine._chunks(5000, 151_936)) * 151_936 <= 2**26
-    assert sum(c.stop - c.start for c in engine._chunks(5000, 151_936)) == 5000
+    assert max(c.stop - c.start for c in chunks(5000, 151_936)) * 151_936 <= 2**26
+    assert sum(c.stop - c.start for c in chunks(5000, 151_936)) == 5000
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -401,7 +402,7 @@ def test_vision_tower_in_one_call_equals_the_loop_over_windows(world):
     images = [p for p in prompts if p.pixel_values is not None]
     pixels, grids = torch.cat([p.pixel_values for p in images]), torch.cat([p.image_grid_thw for p in images])
     assert (grids.prod(-1) > 64).any(), "one image must have several windows"
-    ours = engine.image_features(policy, pixels, grids)
+    ours = image_features(policy, pixels, grids)
     theirs = torch.cat(plain.model.get_image_features(pixels, grids).pooler_output)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -413,8 +414,8 @@ def test_a_frozen_tower_may_encode_once_for_all(world, monkeypatch):
     known = [dataclasses.replace(p) for p in prompts]
     for p in known:
         if p.pixel_values is not None:
-            p.features = engine.image_features(policy, p.pixel_values, p.image_grid_thw)
-    monkeypatch.setattr(engine, "image_features", None)  # not called again
+            p.features = image_features(policy, p.pixel_values, p.image_grid_thw)
+    monkeypatch.setattr("packed.image_features", None)  # not called again
     b = token_logps(policy, pack(policy, known, groups), bias)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
