@@ -10,10 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import engine
 from currreft import grpo_loss
 from data import Prompt, load_examples
-from engine import generate, inverse_cdf, load_policy
+from engine import Engine, attend_shared, generate, inverse_cdf, load_policy
 from packed import SelectedLogps, embed_patches, forbidden_bias, image_features, pack, rms_norm, token_logps
 from packed import _chunks as chunks
 from support.rows import find_files
@@ -27,7 +26,7 @@ LENGTHS = [[3, 7], [5, 1], [9, 9], [2, 4]]  # completions of different lengths, 
 def prompts_are(request, monkeypatch, world):
     """Both ways to keep a group's prompt, whatever the rule would choose for prompts as short as these."""
     world[0].engine = None
-    monkeypatch.setattr(engine, "shares_prompts", lambda *numbers: request.param == "shared" and numbers[-1] > 1)
+    monkeypatch.setattr("engine.shares_prompts", lambda *numbers: request.param == "shared" and numbers[-1] > 1)
     return request.param
 
 
@@ -249,10 +248,12 @@ def test_a_decode_step_never_waits_for_its_numbers(world, temperature, top_p):
             return function(*args, **(kwargs or {}))
     generate(policy, processor, prompts, 2, 4, temperature, top_p)
     decoder = policy.engine
-    fixed = [*decoder.cache.tails, *(decoder.cache.prompts or ()), decoder.tokens, decoder.logps, decoder.count, decoder.done]
+    cache, decoder.owner = decoder.cache, [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)]
+    seats = decoder._seat([9, 9], 4) if decoder.shared else None
+    fixed = [*cache.tails, *cache.prompts, decoder.tokens, decoder.logps, decoder.count, decoder.done]
     before = [t.data_ptr() for t in fixed]
     with torch.no_grad(), Record():
-        decoder.step(4, decoder.tail, *((2, 2, decoder.longest) if decoder.shared else ()))
+        decoder.step(4, decoder.tail, seats)
     assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "repeat_interleave"}
     assert [t.data_ptr() for t in fixed] == before
     assert {"index_put_", "cumsum" if temperature else "argmax"} <= called, "the recorder must see the step"
@@ -280,10 +281,10 @@ def test_an_update_waits_for_the_device_a_few_times_at_most(world, which, most):
 
 
 class PretendedGraph:
-    """What torch.cuda's graphs promise, on a CPU: capturing runs nothing, replaying runs what was captured."""
+    """What torch.cuda's graphs promise, on a CPU: a capture runs nothing, a replay what was captured."""
 
     def __init__(self, decoder):
-        self.decoder, self.work = decoder, None
+        self.decoder = decoder
 
     def __enter__(self):
         self.before = [t.clone() for t in self.state()]
@@ -294,10 +295,10 @@ class PretendedGraph:
 
     def state(self):
         d = self.decoder
-        return *d.cache.tails, *(d.cache.prompts or ()), d.tokens, d.logps, d.entropy, d.count, d.done
+        return *d.cache.tails, d.tokens, d.logps, d.entropy, d.count, d.done
 
     def replay(self):
-        self.decoder._decode(*next(key for key, graph in self.decoder.graphs.items() if graph is self))
+        self.decoder._decode(*next(k for k, graph in self.decoder.graphs.items() if graph is self))
 
     def pool(self):
         return "pool"
@@ -308,18 +309,14 @@ def test_captured_steps_lose_and_double_none(world, monkeypatch):
     policy, processor, _, prompts = world
     lengths = [len(p.input_ids) for p in prompts]
     seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
-    eager = engine.Engine(policy, processor, max(lengths), 8, 40, width=4, capture=False).run(prompts, lengths, seeds)
-    captured = engine.Engine(policy, processor, max(lengths), 8, 40, width=4, capture=False)
-    captured.capture, captured.side = True, contextlib.nullcontext()
-    captured.side.wait_stream = lambda _: None
-    current = types.SimpleNamespace(wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda side: side)
+    eager, captured = (Engine(policy, processor, max(lengths), 8, 40, width=4, shared=False) for _ in range(2))
+    captured.capture = True
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: PretendedGraph(captured))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
     groups = captured.run(prompts, lengths, seeds)
     assert len(captured.graphs) > 2, "several widths and lengths must have been captured"
-    assert [[o.tokens for o in group] for group in groups] == [[o.tokens for o in group] for group in eager]
+    assert [[o.tokens for o in group] for group in groups] == [
+        [o.tokens for o in group] for group in eager.run(prompts, lengths, seeds)]
 
 
 def test_greedy_generation_is_that_of_transformers(world):
@@ -369,7 +366,7 @@ def test_completions_end_at_their_first_end_token_inclusive(world, end, monkeypa
     def prefers_ending(probs, uniform, top_p=1.0):
         token = inverse_cdf(probs, uniform)
         return torch.where(uniform < 0.3, processor.end_ids[end], torch.where(token == other, 0, token))
-    monkeypatch.setattr(engine, "inverse_cdf", prefers_ending)
+    monkeypatch.setattr("engine.inverse_cdf", prefers_ending)
     completions = [o for group in generate(policy, processor, prompts, 8, 6) for o in group]
     for o in completions:
         assert o.truncated == (o.tokens[-1] != processor.end_ids[end])
@@ -434,9 +431,9 @@ def test_the_captured_step_samples_what_the_eager_one_samples(checkpoint, world)
     prompts = world[3]
     lengths = [len(p.input_ids) for p in prompts]
     seeds = [[10 * i + g for g in range(4)] for i in range(len(prompts))]
-    captured, eager = (
-        engine.Engine(policy, processor, max(lengths), 16, 40, width=4, capture=c).run(prompts, lengths, seeds)
-        for c in (True, False))
+    captured, eager = (Engine(policy, processor, max(lengths), 16, 40, width=4) for _ in range(2))
+    eager.capture = False
+    captured, eager = (e.run(prompts, lengths, seeds) for e in (captured, eager))
     assert [[o.tokens for o in g] for g in captured] == [[o.tokens for o in g] for g in eager]
 
 
@@ -453,7 +450,7 @@ def test_shared_and_copied_prompts_give_the_same_completions(world, temperature)
     policy, processor, _, prompts = world
     prompts = [prompts[i % len(prompts)] for i in range(9)]
     lengths, seeds = [len(p.input_ids) for p in prompts], [[10 * i + g for g in range(4)] for i in range(9)]
-    shared, copied = (engine.Engine(policy, processor, max(lengths), 12, 24, temperature, width=4, shared=flag)
+    shared, copied = (Engine(policy, processor, max(lengths), 12, 24, temperature, width=4, shared=flag)
                       .run(prompts, lengths, seeds) for flag in (True, False))
     for a, b in zip((o for group in shared for o in group), (o for group in copied for o in group), strict=True):
         assert a.tokens == b.tokens
@@ -474,7 +471,7 @@ def test_attention_in_two_parts_is_that_in_one(dtype):
         row_at[g, member], place_of[row] = row, 4 * g + member
     unseen = [torch.arange(T) > counts[:, None], torch.arange(P) >= lengths[:, None]]
     masks = [torch.zeros(u.shape, dtype=dtype).masked_fill_(u, -torch.inf)[:, None, None] for u in unseen]
-    found = engine.attend_shared(q, list(tails), list(prompts), masks, (row_at, place_of))
+    found = attend_shared(q, list(tails), masks[0], list(prompts), (row_at, place_of, masks[1]))
     for row, g in enumerate(group[:6]):  # by one obvious softmax a row and head
         for head in range(kv_heads * repeats):
             keys, values = (torch.cat([prompts[i, g, head // repeats, :lengths[g]], tails[i, row, head // repeats, :counts[row] + 1]]).double()
@@ -492,7 +489,7 @@ def test_a_shared_prompt_is_kept_once(world, prompts_are):
     if prompts_are == "shared":
         assert cache.prompts[0].shape[1] == 4 and cache.tails[0].shape[1] == rows and cache.tails[0].shape[3] < longest
     else:
-        assert cache.prompts is None and cache.tails[0].shape[3] > longest
+        assert not cache.prompts and cache.tails[0].shape[3] > longest
 
 
 def test_a_kept_engine_serves_any_prompt_that_it_has_room_for(world):
