@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data import load_examples, model_size
-from engine import Prompts, generate, load_policy
+from engine import generate, load_policy
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward
 from support.answers import extract_answer, parse_boxes, parse_verdict
 from support.drawing import view
@@ -68,7 +68,7 @@ def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.
             on_finish(*args)
 
     groups = generate(
-        model, processor, Prompts(processor, [examples[i] for i in mine]), samples, max_completion_length, temperature,
+        model, processor, [examples[i] for i in mine], samples, max_completion_length, temperature,
         top_p=top_p, seeds=[[(seed << 40) + i * samples + s for s in range(samples)] for i in mine],
         max_rows=max_rows, on_finish=finished)
     bar.close()
@@ -257,7 +257,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
                 if keys[i] in done:  # sampled before, but not all scores were to be had
                     pending.append(pool.submit(score, i, done[keys[i]]["answers"], done[keys[i]]["scores"]))
             model.eval()
-            generate(model, processor, Prompts(processor, fresh), samples, max_completion_length, temperature,
+            generate(model, processor, fresh, samples, max_completion_length, temperature,
                      seeds=[[(seed + i * samples + s) % 2**63 for s in range(samples)] for i in unseen],
                      max_rows=max_rows, on_finish=finished)
             for future in pending:
