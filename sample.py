@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 from data import load_examples, model_size
 from engine import Prompts, generate, load_policy
-from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward
+from rewards import (
+    FORMS,
+    TASKS,
+    Example,
+    accuracy_reward,
+    format_reward,
+    is_correct,
+    safe_reward,
+    task_of,
+)
 from support.answers import extract_answer, parse_boxes
 from support.drawing import view
 from support.files import read_jsonl
@@ -227,7 +236,8 @@ def answered(out):
 def merge_partials(out, questions, threshold, judge):
     """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent.
 
-    Returns how many; or a sentence, where too many scores are missing.
+    Returns how many; or a sentence, where too many scores are missing. A wrong answer is never kept, whatever
+    its score, where the task can tell: everywhere but in general questions, whose truths may be prose.
     """
     rows, kept = answered(out), []
     rows = [(question, key, rows[key]) for question, key in zip(questions, question_keys(questions)) if key in rows]
@@ -238,7 +248,9 @@ def merge_partials(out, questions, threshold, judge):
             return f"{said}. All sampled answers are kept; put it right and continue with --resume"
         say(said)
     for question, key, row in rows:
-        score, place = max(((score, -n) for n, score in enumerate(row["scores"]) if score is not None), default=(0, 0))
+        free = task_of(question) is TASKS["general"]
+        score, place = max(((score, -n) for n, score in enumerate(row["scores"]) if score is not None
+                            and (free or is_correct(row["answers"][n], question))), default=(0, 0))
         if score > threshold:
             kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [
                 os.path.abspath(image) for image in question.images], "question": key, "score": score,
