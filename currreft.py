@@ -1,32 +1,29 @@
 """Curr-ReFT: curriculum reinforcement fine-tuning of a small vision-language model (arXiv 2503.07065).
 
-Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of
-rising difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never
-gets an open answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
-Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge
-scores every answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on these.
+Phase 1, curriculum RL. GRPO on the same tasks (detection, classification, math) asked in three forms of rising
+difficulty: yes/no (binary), option letters (choice), free answers (open). A small model almost never gets an
+open answer right, so open-only RL has little to learn from; yes/no almost always gives signal.
+Phase 2, rejected-sampling-based self-improvement. The RL model answers general questions N times, a judge scores
+every answer from 0 to 100, the best answer above 85 is kept, and the model is fine-tuned on these.
 
-This file is the method, from the settings to the run: `Config` and `Stage`, the equations
-(`group_advantages`, `grpo_loss`), one step (`grpo_step`: rollout, assign_rewards, update), the state of a
-run (`Run`), one stage (`train_stage`), all of them (`train`). Beside it: rewards.py pays answers, forms.py
-asks one annotation in three forms, data.py makes prompts, packed.py scores and engine.py samples completions,
-sample.py evaluates and samples for phase 2. What a run stands on is in support/.
+This file is the method: settings (`Config`, `Stage`), the equations (`group_advantages`, `grpo_loss`), one step
+(`grpo_step`: rollout, assign_rewards, update), the state of a run (`Run`), one stage (`train_stage`), all of them
+(`train`). Beside it, rewards.py pays answers, forms.py asks one annotation in three forms, data.py makes prompts,
+packed.py scores and engine.py samples completions, sample.py evaluates and samples for phase 2.
 
 What is left out of GRPO as others do it, and why:
-- No DDP wrapper: every loss is divided by constants of the whole step, and gradients are summed over ranks,
-  so that micro-batches, padding and the number of ranks cannot change the result.
-- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the
-  tokens that no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
-- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no
-  learned value or reward model. docs/departures.md has what differs from paper and released code.
+- No DDP wrapper: losses are divided by constants of the whole step, and gradients are summed over ranks, so that
+  micro-batches, padding and the number of ranks cannot change the result.
+- No importance correction between sampling and scoring: both are softmax(logits / temperature) without the tokens
+  that no answer may hold, of the same weights. How far they are apart is logged (`logp_gap`).
+- No mask on truncated completions, no length shaping, no normalisation over the batch, no entropy bonus, no learned
+  value or reward model. docs/departures.md has what differs from the paper and from the released code.
 
-Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest
-completion, H hidden size, V vocabulary.
+Shapes: B prompts of this rank, G completions of each, R = B * G completions, T tokens of the longest completion.
 
     M=Qwen/Qwen2.5-VL-3B-Instruct
     python currreft.py --model $M --data DIR --out RUN                          # one GPU
-    torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 currreft.py ...
+    torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node; several: README.md
 """
 
 import signal
@@ -51,14 +48,7 @@ import torch.distributed as dist
 import transformers
 
 from data import (
-    Processor,
-    Prompt,
-    batch_indices,
-    instruction,
-    load_data,
-    refuse_long_prompts,
-    taught,
-)
+    Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
 from engine import generate, load_policy
 from packed import forbidden_bias, image_features, pack, token_logps
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward
@@ -78,7 +68,6 @@ from support.signals import Stopped, ending, signals
 from support.tables import results_table
 from support.words import RunError, UserError, say, terminal
 
-DETECTION = instruction(Example(problem="", solution="", task="detection"))  # shown in model cards
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to it
 
 
@@ -91,16 +80,16 @@ class Config:
     """Every setting of a run. All batch sizes are global: the same run on any number of GPUs."""
 
     # what is trained, on what, and where
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # directory or hub name of a Qwen2.5-VL checkpoint to start from
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # directory or hub name of the checkpoint to start from
     data: str = ""  # directory with grpo_data/{train,test} and SFT_data/reject, or {train,test}
     image_root: str = ""  # directory that image paths are relative to (default: --data)
     task: tuple = ()  # task of rows that name none: TASK, or NAME=TASK for files whose names begin with NAME
-    out: str = "runs/curr-reft"  # run directory, shared by all nodes; an existing one is an error unless --resume
+    out: str = "runs/curr-reft"  # run directory, shared by all nodes; a new one unless --resume
     resume: bool = False  # continue the run in --out where it stopped
     allow_changes: bool = False  # resume although settings differ from those the run began with
 
     # the curriculum, and what GRPO samples
-    stages: tuple = ("binary:600", "choice:500", "open:2300", "reject:400")  # the curriculum, FORM[+FORM]:STEPS each
+    stages: tuple = ("binary:600", "choice:500", "open:2300", "reject:400")  # FORM[+FORM]:STEPS each
     reference: str = "stage"  # KL reference: policy at the start of the 'stage', or of the whole run ('base')
     prompts_per_step: int = 8  # prompts in one GRPO step, over all GPUs
     num_generations: int = 8  # completions of each prompt, G
@@ -126,14 +115,14 @@ class Config:
     questions: str = ""  # JSONL of questions for rejection sampling (default: found under --data)
     reject_samples: int = 8  # answers sampled per question
     reject_threshold: float = 85.0  # an answer is kept only if its score (0-100) is above this
-    judge_url: str = ""  # OpenAI-compatible endpoint that scores answers (default: rules; key in JUDGE_API_KEY)
+    judge_url: str = ""  # OpenAI-compatible endpoint that scores answers (default: rules); key in JUDGE_API_KEY
     judge_model: str = ""  # model name sent to the judge
 
     # how it is done: time and memory, not results
-    micro_batch: int = 1  # groups (RL) or examples (SFT) in one forward pass; changes speed and memory, not results
+    micro_batch: int = 1  # groups (RL) or examples (SFT) in one forward pass; changes no result
     max_rows: int = 64  # completions in flight in a rollout or an evaluation, per GPU
     checkpoint_activations: bool = False  # recompute activations in the update: slower, far less memory
-    offload: bool = False  # float32 masters, moments and gradient sums in host memory: slower, 42 GiB less at 3B
+    offload: bool = False  # masters, moments and gradient sums in host memory: slower, 42 GiB less at 3B
     dtype: str = "auto"  # of weights and compute: auto (bfloat16 on CUDA, else float32), bfloat16 or float32
     timeout_minutes: float = 30.0  # a rank that others wait for longer than this ends the run
 
@@ -146,7 +135,7 @@ class Config:
 
     def __post_init__(self):
         check_values(vars(self))
-        self.curriculum, declared_tasks(self.task, TASKS)  # raise for a malformed stage, or a task that is none
+        self.curriculum, declared_tasks(self.task, TASKS)  # raise for a malformed stage or no task
 
     @property
     def curriculum(self):
@@ -178,8 +167,8 @@ class Stage:
         name, _, steps = text.partition(":")
         known = name in ("sft", "reject") or all(form in FORMS for form in name.split("+"))
         if not known or not re.fullmatch("[0-9]{1,9}", steps) or int(steps) == 0:
-            raise UserError(f"--stages: {text!r} is not FORM:STEPS, where FORM is binary, choice, open, a mix such as "
-                            "binary+choice, sft or reject, and STEPS a whole number above 0")
+            raise UserError(f"--stages: {text!r} is not FORM:STEPS, where FORM is binary, choice, open, a mix "
+                            "such as binary+choice, sft or reject, and STEPS a whole number above 0")
         return Stage(index, name, int(steps))
 
     @property
@@ -198,10 +187,10 @@ class Stage:
 
 
 def group_advantages(rewards):
-    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group, std unbiased. rewards (..., G) -> advantages (..., G).
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group, std unbiased: (..., G) -> (..., G).
 
-    group_advantages(tensor([1., 0., 0., 1.])) -> about [0.866, -0.866, -0.866, 0.866]. All rewards equal -> exactly 0.
-    (GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.)
+    group_advantages(tensor([1., 0., 0., 1.])) -> about [0.866, -0.866, -0.866, 0.866].
+    All rewards equal -> exactly 0. (GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.)
     """
     centered = rewards - rewards.mean(-1, keepdim=True)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
@@ -214,10 +203,10 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
         loss = - 1/R sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta KL_t ]
         rho  = pi(o_t) / pi_old(o_t)           KL_t = exp(ref - logp) - (ref - logp) - 1   (k3, always >= 0)
 
-    logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R of the
-    whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the step is split.
-    Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number of tokens}), all
-    tensors: the host waits for none of them before the step is done.
+    logp, logp_old, logp_ref, mask (R, T); advantages (R,). logp_ref None: no KL term. num_completions: the R
+    of the whole step, over all micro-batches and ranks, so that gradients add up to the same sum however the
+    step is split. Returns (scalar loss, {"kl": sum over tokens, "clipped": number of tokens, "tokens": number
+    of tokens}), all tensors: the host waits for none of them before the step is done.
     """
     A = advantages[:, None]  # (R, 1)
     ratio = (logp - logp_old).exp()  # (R, T)
@@ -234,7 +223,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
 
 
 def sft_loss(logp, mask, num_tokens):
-    """Mean negative log-likelihood of the answers' tokens: logp, mask (R, T); num_tokens of the whole step."""
+    """Mean negative log-likelihood of the answers' tokens. logp, mask (R, T); num_tokens: the whole step's.
+    """
     return -(logp * mask).sum() / num_tokens
 
 
@@ -264,7 +254,7 @@ def grpo_step(run, stage, step):
     assign_rewards(run.cfg, groups)
     sums = update(run, stage, step, groups)
     seconds = {"rollout": rolled_out - started, "update": time.perf_counter() - rolled_out}
-    run.log.sample(step, run.global_step + 1, groups[0].example, described(groups[0]))
+    run.log.sample(step, run.global_step + 1, groups[0])
     return statistics(groups, sums), seconds
 
 
@@ -279,7 +269,8 @@ def rollout(run, stage, step):
     cfg = run.cfg
     places, examples = run.batch(stage, step, cfg.prompts_per_step)
     prompts = run.prompts(examples)  # q
-    seeds = [[run.seed(stage.index, step, place, g) for g in range(cfg.num_generations)] for place in places]
+    seeds = [[seed_from(cfg.seed, stage.index, step, place, g) for g in range(cfg.num_generations)]
+             for place in places]
     run.policy.eval()
     completions = generate(run.policy, run.processor, prompts, cfg.num_generations, cfg.max_completion_length,
                            cfg.temperature, seeds=seeds, max_rows=cfg.max_rows)
@@ -318,7 +309,8 @@ def update(run, stage, step, groups):
             logp = token_logps(run.policy, packed, run.bias, cfg.temperature)  # (R, T)
             if m not in scored:
                 with torch.no_grad():
-                    logp_ref = token_logps(run.reference, packed, run.bias, cfg.temperature) if cfg.beta else None
+                    logp_ref = token_logps(run.reference, packed, run.bias, cfg.temperature) \
+                        if cfg.beta else None
                 scored[m] = logp.detach(), logp_ref
                 sampled = torch.cat([o.logps for group in batch for o in group.completions]).to(logp.device)
                 at_tokens = logp.detach().flatten()[packed.completion_slots]
@@ -351,13 +343,6 @@ def statistics(groups, sums):
     return {**{name: (value.double().sum().item(), value.numel()) for name, value in values.items()},
             "logp_gap": (sums["logp_gap"], sums["scored"]),
             "kl": (sums["kl"], sums["tokens"]), "clip_fraction": (sums["clipped"], sums["tokens"])}
-
-
-def described(group):
-    """The completions of a group as rows of samples.jsonl."""
-    worth = zip(group.completions, *(x.tolist() for x in (group.accuracy, group.format, group.advantages)))
-    return [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy, "format": form,
-             "advantage": round(advantage, 4)} for o, accuracy, form, advantage in worth]
 
 
 def sft_step(run, stage, step):
@@ -433,12 +418,13 @@ class Run:
     def load_reference(self, stage, resumed=False):
         """The KL reference of a stage, frozen; none if beta is 0.
 
-        The policy at the stage's start, which a resumed run finds as the end of the stage before; or the base.
+        The policy at the stage's start, which a resumed run finds as the end of the stage before; or the
+        base.
         """
         if not self.cfg.beta:
             return
         if self.cfg.reference == "stage" and not resumed:
-            self.policy.engine = None  # its memory and graphs are the policy's; the next rollout makes them anew
+            self.policy.engine = None  # its graphs are the policy's; the next rollout makes it anew
             self.reference = copy.deepcopy(self.policy).eval()
         else:
             first = self.cfg.reference == "base" or stage.index == 0
@@ -448,14 +434,10 @@ class Run:
 
     # ---- Batches ----
 
-    def seed(self, *numbers):
-        """A 63-bit seed from (run seed, numbers..): the same on every rank count and after every resume."""
-        return seed_from(self.cfg.seed, *numbers)
-
     def batch(self, stage, step, size):
         """This rank's slice of the global batch of a step: (places in the global batch, examples)."""
         examples = self.examples[stage.name]
-        indices = batch_indices(len(examples), size, step, self.seed(stage.index))
+        indices = batch_indices(len(examples), size, step, seed_from(self.cfg.seed, stage.index))
         places = range(self.rank * size // self.ranks, (self.rank + 1) * size // self.ranks)
         return list(places), [examples[indices[i]] for i in places]
 
@@ -465,8 +447,8 @@ class Run:
         for prompt in prompts:
             if self.cfg.freeze_vision and prompt.pixel_values is not None:
                 with torch.no_grad():
-                    prompt.features = image_features(
-                        self.policy, prompt.pixel_values.to(self.device), prompt.image_grid_thw.to(self.device))
+                    images = prompt.pixel_values.to(self.device), prompt.image_grid_thw.to(self.device)
+                    prompt.features = image_features(self.policy, *images)
         return prompts
 
     def pack(self, prompts, completions):
@@ -476,7 +458,8 @@ class Run:
     # ---- One optimizer step ----
 
     def optimizer_step(self, stage, step, base_lr):
-        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm)."""
+        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm).
+        """
         self.learning_rate = learning_rate(self.cfg, stage, step, base_lr)
         self.grad_norm = self.optimizer.reduce_gradients(MAX_GRAD_NORM)
         if math.isfinite(self.grad_norm):
@@ -489,17 +472,12 @@ class Run:
         self.optimizer.zero_grad()
         if self.bad_in_a_row >= 5:
             raise RunError(f"stage {stage.name}, step {step + 1}: gradients were not finite five times in a "
-                           f"row. {self.way_back()}")
-
-    def way_back(self):
-        """What to do when numbers have run away."""
-        return (f"The last good checkpoint is {self.directory.last_checkpoint()}; resume with a lower --lr or "
-                "a higher --beta and --allow_changes.")
+                           f"row. {self.directory.way_back()}")
 
     # ---- Log, save, resume, evaluate ----
 
     def record(self, stage, step, sums, seconds):
-        """Log a step over all ranks; returns whether a signal has arrived on any, so that all stop together."""
+        """Log a step over all ranks; returns the signal that has arrived on any, so that all stop."""
         totals, slowest, stopping = over_ranks(sums, seconds, signals.arrived())
         self.global_step += 1
         if self.rank == 0:
@@ -513,17 +491,18 @@ class Run:
         """A checkpoint: after `done` steps within a stage, its optimizer included; or of the stage's end."""
         if bad := not_finite(self.policy):  # the same on every rank
             raise RunError(f"after step {self.global_step} weights are not finite ({named(bad)}), so they are "
-                           f"not saved. {self.way_back()}")
+                           f"not saved. {self.directory.way_back()}")
         state = {name: getattr(self, name) for name in self.SAVED}
         if done is None:
-            self.directory.save(self.directory.stage_end(stage.index), {
-                **state, "stage": stage.index + 1, "stage_step": 0}, self.policy, self.processor)
-            return
-        needed = list(self.directory.out.glob(f"rejected-{stage.index + 1}.jsonl"))
-        if self.reference is not None and self.cfg.reference == "stage" and stage.index:
-            needed.append(self.directory.stage_end(stage.index - 1) / "state.json")
-        self.directory.save(self.directory.checkpoint(self.global_step), {
-            **state, "stage": stage.index, "stage_step": done}, self.policy, self.processor, self.optimizer, needed)
+            state |= {"stage": stage.index + 1, "stage_step": 0}
+            path, optimizer, rests_on = self.directory.stage_end(stage.index), None, []
+        else:
+            state |= {"stage": stage.index, "stage_step": done}
+            path, optimizer = self.directory.checkpoint(self.global_step), self.optimizer
+            rests_on = list(self.directory.out.glob(f"rejected-{stage.index + 1}.jsonl"))
+            if self.reference is not None and self.cfg.reference == "stage" and stage.index:
+                rests_on.append(self.directory.stage_end(stage.index - 1))  # the reference
+        self.directory.save(path, state, self.policy, self.processor, optimizer, rests_on)
 
     def resume(self):
         """Begin the run directory, or go on from its furthest whole checkpoint: (stage index, its steps done).
@@ -533,9 +512,7 @@ class Run:
         """
         cfg = self.cfg
         used = [e for rows in (*self.examples.values(), self.tests, self.questions) for e in rows]
-        made = made_of(cfg.model, cfg.data, cfg.image_root or cfg.data,
-                       {e.where.rpartition(":")[0] for e in used},
-                       {image for e in used for image in e.images}) if self.rank == 0 else None
+        made = made_of(cfg, used) if self.rank == 0 else None
         path, state, record, changed = self.directory.find(dataclasses.asdict(cfg), made, cfg.model)
         self.load_weights(path)
         for name in self.SAVED:
@@ -548,16 +525,17 @@ class Run:
         return state["stage"], state["stage_step"]
 
     def evaluate(self, name):
-        """Greedy accuracy on every test split; adds a row to results.json unless it is there already."""
-        if not self.tests or name in [row["name"] for row in self.results]:
-            return
-        splits, predictions = evaluate(
-            self.policy, self.processor, self.tests, max_completion_length=self.cfg.max_completion_length,
-            max_rows=self.cfg.max_rows, on_finish=signals.check, description=f"evaluate {name}")
-        self.results = self.results + [{"name": name, "splits": splits}]
+        """Greedy accuracy on every test split: a row of results.json, unless it is there; then the model card."""
+        if self.tests and name not in [row["name"] for row in self.results]:
+            splits, predictions = evaluate(
+                self.policy, self.processor, self.tests, max_completion_length=self.cfg.max_completion_length,
+                max_rows=self.cfg.max_rows, on_finish=signals.check, description=f"evaluate {name}")
+            self.results = self.results + [{"name": name, "splits": splits}]
+            if self.rank == 0:
+                self.directory.write_results(self.results, predictions)
+                self.log.report.results(self.global_step, splits)
         if self.rank == 0:
-            self.directory.write_results(self.results, predictions)
-            self.log.report.results(self.global_step, splits)
+            write_cards(self, instruction(Example(problem="", solution="", task="detection")))
 
 
 def seed_from(*numbers):
@@ -579,27 +557,26 @@ def learning_rate(cfg, stage, step, base):
 def train(cfg):
     """The whole run: data, evaluation of the base, stage after stage with its checkpoint and evaluation."""
     run = begin(cfg)
-    reached, done = run.resume()
-    if not done:  # nothing is done twice: a row of results that is there already is left alone
-        run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
-    for stage in cfg.curriculum[reached:]:
-        if run.rank == 0:
-            write_cards(run, DETECTION)  # of the stage before, now that it is evaluated
-        done = done if stage.index == reached else 0
-        if stage.name == "reject":
-            run.examples["reject"] = self_improve(run, stage, done)
-        with signals.held():
-            train_stage(run, stage, done)
-            run.save(stage)
-        run.evaluate(stage.label)
+    with run.directory:  # nobody else's until the end
+        reached, done = run.resume()
+        if not done:  # nothing is done twice: a row of results that is there already is left alone
+            run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
+        for stage in cfg.curriculum[reached:]:
+            done = done if stage.index == reached else 0
+            if stage.name == "reject":
+                run.examples["reject"] = self_improve(run, stage, done)
+            with signals.held():
+                train_stage(run, stage, done)
+                run.save(stage)
+            run.evaluate(stage.label)
     if run.rank == 0:
-        write_cards(run, DETECTION)
         print(f"{results_table([run.directory.out])}\nmodel    {run.directory.stage_end(-1)}\n"
               f"metrics  {run.directory.out / 'metrics.jsonl'}")
 
 
 def begin(cfg):
-    """Join the other ranks, read and check all data, tell what memory is needed: what can fail before a model loads."""
+    """Join the other ranks, check all data, tell what memory is needed: what can fail before a model loads.
+    """
     device = join_ranks(cfg.timeout_minutes)
     for name, size in (("prompts_per_step", cfg.prompts_per_step), ("sft_batch", cfg.sft_batch)):
         if size % world()[1]:
@@ -612,7 +589,8 @@ def begin(cfg):
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
     for sentence in warnings.of_a_run(cfg, examples):
         say(sentence)
-    longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows), default=None)
+    longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows),
+                  default=None)
     check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
     if questions:
         judge_of(cfg).probe()  # better now than after all RL stages
@@ -643,12 +621,12 @@ def train_stage(run, stage, done):
         if stopping or (step + 1) % run.cfg.save_every == 0:
             run.save(stage, step + 1)
         if stopping:
-            raise Stopped
+            raise Stopped(stopping)
     run.log.close_bar()
 
 
 def self_improve(run, stage, done):
-    """Phase 2: sample answers to the questions, judge them, keep the best; returns the kept as SFT examples."""
+    """Phase 2: sample answers to the questions, judge them, keep the best: the kept as SFT examples."""
     cfg, kept = run.cfg, run.directory.out / f"rejected-{stage.index + 1}.jsonl"
     if done:  # fine-tuning has begun on what was kept
         return kept_examples(kept, run.questions)
@@ -656,7 +634,8 @@ def self_improve(run, stage, done):
     count = rejection_sample(
         run.policy, run.processor, run.questions, kept, judge=judge_of(cfg), samples=cfg.reject_samples,
         threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
-        max_completion_length=cfg.max_completion_length, seed=run.seed(stage.index), on_finish=signals.check)
+        max_completion_length=cfg.max_completion_length, seed=seed_from(cfg.seed, stage.index),
+        on_finish=signals.check)
     passes = stage.steps * cfg.sft_batch / max(1, count)
     say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of "
         f"{cfg.sft_batch} are {passes:.3g} passes over them")
@@ -676,7 +655,7 @@ def judge_of(cfg):
 
 
 def parse_args(argv=None):
-    """Config from flags. Every field is a flag of the same name; its comment in the source is the help text."""
+    """Config from flags: every field is a flag of its name, and its comment in the source is the help."""
     return parse(Config, argv, __doc__.splitlines()[0])
 
 

@@ -18,18 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from support.answers import (
-    BOX,
-    extract_answer,
-    iou,
-    matched_iou,
-    offered_letters,
-    parse_boxes,
-    parse_labels,
-    parse_letters,
-    parse_verdict,
-    truth_of,
-    words,
-)
+    BOX, extract_answer, iou, matched_iou, offered_letters, parse_boxes, parse_labels,
+    parse_letters, parse_verdict, truth_of, words)
 from support.numbers import same_math
 from support.words import RunError, one_line
 

@@ -1,134 +1,168 @@
-"""Only what can be trained is accepted: what is looked for in a base model before anything is begun.
+"""What is looked for in a base model before anything is begun, so that only what can be trained is.
 
-`check_template`: does the chat template show the model what was asked? `base_config`: are configuration, tokenizer and
-image processor those of one trainable Qwen2.5-VL? `check_weights`: are all of its numbers there, and nothing else?
+`read_processors`: are tokenizer, template and image processor there, and show what is asked?
+`base_config`: are they and the configuration those of one Qwen2.5-VL? `check_weights`: are all
+numbers there?
 """
 
-import resource
-import signal
-import threading
-from contextlib import contextmanager
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from support.words import UserError
 
-TEXTS = ["*.json", "*.jinja", "*.txt"]                  # what a checkpoint has beside its weights
+TEXTS = ["*.json", "*.jinja", "*.txt"]  # what a checkpoint has beside its weights
+SPECIAL = [f"<|{name}|>" for name in (
+    "im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")]
+MIN_PIXELS = 56 * 56  # of a resized image: 4 image tokens
 ASKED = "What is 3 plus 4?", "It is 7.", "What color is the box?"
 TAGGED = "<think>3</think><answer>4</answer>"
-TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
+TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+          "vision_start_token_id": "<|vision_start|>"}
 FLOATS = {"F32", "F16", "BF16"}
 
 
 def checkpoint_folder(path) -> Path:
-    """The directory of a checkpoint; of a hub name that of its newest revision, where small files are fetched to."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=TEXTS))
+    """The directory of a checkpoint; of a hub name that of its newest revision's small files."""
+    return Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=TEXTS))
 
 
 def checkpoint_files(path) -> dict[str, bytes]:
-    """Configs, tokenizer and templates of a checkpoint directory or hub name: {file name: content}."""
-    folder = checkpoint_folder(path)
-    return {file.name: file.read_bytes() for kind in TEXTS for file in folder.glob(kind)
-            if file.name != "state.json" and not file.name.endswith(".index.json")}     # an index names other weights
+    """{file name: content} of what stands beside the weights: configs, tokenizer, templates."""
+    files = [file for pattern in TEXTS for file in checkpoint_folder(path).glob(pattern)]
+    return {file.name: file.read_bytes() for file in files  # an index names other weights
+            if file.name != "state.json" and not file.name.endswith(".index.json")}
+
+
+def read_processors(path, max_pixels=None):
+    """(tokenizer, image processor, files) of a Qwen2.5-VL directory or hub name; else UserError.
+
+    max_pixels: of an image at most, MIN_PIXELS at least; None: what the checkpoint itself says.
+    """
+    if max_pixels is not None and max_pixels < MIN_PIXELS:
+        raise UserError(f"max_pixels is {max_pixels}; an image takes at least {MIN_PIXELS}.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"its model type is {config.model_type}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        files = checkpoint_files(path)
+        if "chat_template.json" in files:  # the tokenizer's own knows tools, but no images
+            tokenizer.chat_template = json.loads(files["chat_template.json"])["chat_template"]
+    except Exception as error:  # not narrower: a broken tokenizer.json raises Exception itself
+        reason = first_line(error)
+        raise UserError(f"{path} is no complete Qwen2.5-VL checkpoint: {reason}") from error
+    if missing := set(SPECIAL) - set(tokenizer.get_vocab()):
+        raise UserError(f"{path} is no Qwen2.5-VL: its tokenizer lacks {named(missing)}.")
+    if (text := tokenizer.decode(tokenizer(TAGGED)["input_ids"], True)) != TAGGED:
+        raise UserError(f"{path}: its tokenizer reads {TAGGED} back as {text!r}: special tokens do "
+                        "not reach rewards. Make tags ordinary ones (special: false in "
+                        "tokenizer.json and tokenizer_config.json)")
+    check_template(path, tokenizer)
+    # Only now: a checkpoint's own min_pixels and max_pixels would win over a size for its loader.
+    most = max_pixels or image_processor.size["longest_edge"]
+    image_processor.size = {"shortest_edge": MIN_PIXELS, "longest_edge": most}
+    return tokenizer, image_processor, files
+
+
+def save_processors(path, image_processor, files):
+    """Write `files` of a checkpoint into a directory, with the pixel limits of an image processor.
+
+    Training changes weights alone, so whatever opens the checkpoint opens the result: older
+    transformers, vLLM. The limits stand wherever one of them looks, or it would show images in
+    other pixels: `size` is read by transformers 5, the two others by 4.49 to 4.52, and
+    AutoProcessor prefers processor_config.json.
+    """
+    image_processor.save_pretrained(path)
+    for name, content in files.items():
+        (Path(path) / name).write_bytes(content)
+    least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    limits = {"size": dict(image_processor.size), "min_pixels": least, "max_pixels": most}
+    for name in {"preprocessor_config.json", "processor_config.json"} & set(files):
+        settings = json.loads(files[name])
+        own = settings.setdefault("image_processor", {}) if name[:4] == "proc" else settings
+        own.update(limits)
+        (Path(path) / name).write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 def render(tokenizer, messages: list[dict], ask: bool = True) -> str:
-    """Chat messages as the template writes them; `ask`: with the beginning of the answer. UserError if it cannot."""
+    """Chat messages as the template writes them; `ask`: with the beginning of the answer."""
     try:
-        with limits("the chat template of the base model"):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except UserError:
-        raise
-    except Exception as error:                          # not narrower: a template may raise anything
-        raise UserError(f"the chat template of the base model fails: {str(error).split(chr(10))[0]}") from error
-    if len(text) > 10_000_000:
-        raise UserError(f"the chat template of the base model makes {len(text):,} characters of a chat.")
-    return text
-
-
-def places_images(tokenizer) -> bool:
-    """Whether the chat template has a place for an image; that of Qwen's text models fails on a list of parts."""
-    try:
-        return "<|image_pad|>" in render(tokenizer, [{"role": "user", "content": [{"type": "image"}]}])
-    except UserError as error:
-        if isinstance(error.__cause__, TimeoutError | MemoryError):
-            raise
-        return False
-
-
-def named(names, most=3):
-    """Names for a sentence: "a, b, c and 4 more"."""
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # not narrower: a template may raise anything
+        raise UserError(f"the base model's chat template fails: {first_line(error)}") from error
 
 
 def check_template(path, tokenizer):
-    """UserError unless the template writes every turn of a chat in order, the picture in its place, and then asks."""
+    """UserError unless the template writes a chat in order, its image in place, and then asks."""
     turns = [{"role": role, "content": [{"type": "text", "text": text}]}
              for role, text in zip(("user", "assistant", "user"), ASKED)]
     turns[2]["content"].insert(0, {"type": "image"})
     text = render(tokenizer, turns)
     places = [text.find(part) for part in (*ASKED[:2], "<|image_pad|>", ASKED[2])]
     if min(places) < 0 or places != sorted(places):
-        raise UserError(f"{path}: its chat template leaves out or reorders what it is given: a chat of two questions with "
-                        f"an image becomes {text[:200]!r}")
+        raise UserError(f"{path}: its chat template leaves out or reorders what it is given: two "
+                        f"questions with an image become {text[:200]!r}")
     if len(text) == len(render(tokenizer, turns, ask=False)):
-        raise UserError(f"{path}: its chat template does not end with the assistant's turn when it is asked for one")
+        raise UserError(f"{path}: its chat template does not end with the assistant's turn")
 
 
 def base_config(path, processor):
-    """The model configuration of a checkpoint; UserError if it, tokenizer and image processor do not fit or are no base."""
+    """The model configuration of a checkpoint that can be trained; else UserError.
+
+    It, the tokenizer and the image processor must be those of one Qwen2.5-VL.
+    """
     if "adapter_config.json" in processor.files:
-        raise UserError(f"{path} holds an adapter (adapter_config.json), which would be left out; merge it into the "
-                        "weights (peft: merge_and_unload), or remove the file")
+        raise UserError(f"{path} holds an adapter (adapter_config.json), which would be left out; "
+                        "merge it into the weights (peft: merge_and_unload), or remove the file")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type != "qwen2_5_vl":
-            raise UserError(f"{path}: a {config.model_type} model; --model needs a Qwen2.5-VL checkpoint")
         with torch.device("meta"):
             transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # not narrower: transformers raises what its modules meet, down to an AssertionError
-        raise UserError(f"{path}: its config.json makes no Qwen2.5-VL model: {first_line(error)}") from error
+    except Exception as error:  # not narrower: its modules raise anything, an AssertionError, too
+        raise UserError(f"{path}: its config.json makes no Qwen2.5-VL model: "
+                        f"{first_line(error)}") from error
     if getattr(config, "quantization_config", None):
-        raise UserError(f"{path} is quantized, and quantized weights cannot be trained; name the checkpoint it was made of")
-    check_template(path, processor.tokenizer)
-    vision, images, tokenizer = config.vision_config, processor.image_processor, processor.tokenizer
-    wrong = {name: token for name, token in TOKENS.items()
-             if getattr(config, name) != tokenizer.convert_tokens_to_ids(token)}
-    facts = ((not wrong, f"{named(wrong)} of config.json is not the tokenizer's {named(wrong.values())}"),
-             (len(tokenizer) <= config.text_config.vocab_size,
-              f"the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}"),
-             ((vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) == (14, 2, 2)
-              == (images.patch_size, images.merge_size, images.temporal_patch_size),
-              "model and image processor do not both have patches of 14 pixels and 2 frames, merged 2 by 2"),
-             (vision.out_hidden_size == config.text_config.hidden_size,
-              f"the vision tower gives {vision.out_hidden_size} numbers, the text model takes {config.text_config.hidden_size}"),
-             (processor.decode(processor.response_ids(TAGGED)) == TAGGED,
-              "its tokenizer does not read back what it writes: <think> or <answer> is a special token, or lost"))
-    if faults := [sentence for holds, sentence in facts if not holds]:
-        raise UserError(f"{path}: {'; '.join(faults)}")
+        raise UserError(f"{path} is quantized, and quantized weights cannot be trained; name the "
+                        "checkpoint it was made of")
+    tokenizer, images = processor.tokenizer, processor.image_processor
+    text, vision = config.text_config, config.vision_config
+    shown = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    facts = [(getattr(config, name) == tokenizer.convert_tokens_to_ids(token),
+              f"{name} is not that of the tokenizer's {token}") for name, token in TOKENS.items()]
+    facts += [
+        (len(tokenizer) <= text.vocab_size,
+         f"the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}"),
+        (shown == (14, 2, 2) == (images.patch_size, images.merge_size, images.temporal_patch_size),
+         "model and image processor do not both merge 2 by 2 patches of 14 pixels and 2 frames"),
+        (vision.out_hidden_size == text.hidden_size,
+         f"{vision.out_hidden_size} numbers leave the vision tower, {text.hidden_size} are taken")]
+    if wrong := [sentence for holds, sentence in facts if not holds]:
+        raise UserError(f"{path}: {'; '.join(wrong)}")
     return config
 
 
 def check_weights(path, model, info):
-    """UserError unless every weight of the loaded model came from the checkpoint, as a finite float of its own shape.
+    """UserError unless each weight came from the checkpoint, a finite float of its own shape.
 
-    info: what transformers says of the loading: names of weights that are missing, unexpected, mismatched.
+    info: what transformers says of the loading: names that are missing, unexpected, mismatched.
     """
-    for kind, words in (("missing_keys", "lacks weights that the model has"), ("mismatched_keys", "has weights of another shape"),
-                        ("unexpected_keys", "has weights that the model has no place for")):
-        if names := {name if isinstance(name, str) else name[0] for name in info[kind]}:
+    for key, words in (("missing_keys", "lacks weights that the model has"),
+                       ("mismatched_keys", "has weights of another shape"),
+                       ("unexpected_keys", "has weights that the model has no place for")):
+        if names := {name if isinstance(name, str) else name[0] for name in info[key]}:
             raise UserError(f"{path} {words}: {named(names)}")
     for file in checkpoint_folder(path).glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            if odd := {name for name in tensors.keys() if tensors.get_slice(name).get_dtype() not in FLOATS}:
-                raise UserError(f"{path} has integer or quantized weights, which cannot be trained: {named(odd)}")
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        if odd := [name for name, dtype in types.items() if dtype not in FLOATS]:
+            raise UserError(f"{path} has integer or quantized weights, never trained: {named(odd)}")
     if bad := not_finite(model):
         raise UserError(f"{path} has weights that are not finite: {named(bad)}")
 
@@ -138,31 +172,13 @@ def not_finite(model):
     return [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
 
 
+def named(names, most=3):
+    """Names for a sentence: "a, b, c and 4 more"."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def first_line(error):
-    """What an error of a library says first, or its kind if it says nothing."""
-    return next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
-
-
-@contextmanager
-def limits(what, seconds=5.0, memory=2**30):
-    """UserError, which begins with `what`, if the body takes longer, or `memory` bytes more than the process has."""
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
-        yield
-        return
-
-    def late(*_):
-        raise TimeoutError
-    before, (soft, hard) = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
-    pages, statm = resource.getpagesize(), Path("/proc/self/statm")  # Linux; elsewhere time alone is bounded
-    bound = int(statm.read_text().split()[0]) * pages + memory if statm.exists() else soft
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))
-    try:
-        yield
-    except (TimeoutError, MemoryError) as error:
-        limit = f"{seconds:g} seconds" if isinstance(error, TimeoutError) else f"{memory / 2**20:.0f} MiB of memory"
-        raise UserError(f"{what} takes more than {limit}") from error
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+    """What an error of a library says first, or its class if it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -1,10 +1,13 @@
-"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself wrote down."""
+"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself
+wrote down.
+"""
 import dataclasses
 import json
 import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from string import Template
 
 import torch
 import transformers
@@ -14,71 +17,6 @@ from support.tables import wilson
 
 HIDDEN = {"model", "data", "image_root", "out", "questions", "judge_url", "resume", "allow_changes", "report_to"}
 
-CARD = """---
-{front}
----
-
-# {title}
-
-A checkpoint of [Curr-ReFT](https://arxiv.org/abs/2503.07065) (curriculum reinforcement fine-tuning of small
-vision-language models), after stage {number} of {total} of its run. Trained from {base}.
-
-## Training
-
-| stage | steps done | training rows | passes over them | from |
-|---|---|---|---|---|
-{stages}
-
-RL stages (binary, choice, open) use GRPO; sft and reject are supervised, reject on the model's own best-judged answers.
-A stage without a file of its own asks the rows of the open file in its form.
-
-Settings that differ from the defaults; config.json of the run has all, `python currreft.py --help` says what they mean:
-
-| setting | value |
-|---|---|
-{settings}
-
-## Results
-
-{results}
-
-## Use
-
-Boxes are in pixels of the image as the processor resizes it (sides multiples of 28), not of the original.
-`AutoProcessor` needs torchvision.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-path = "."  # this directory
-model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
-processor = AutoProcessor.from_pretrained(path)
-question = "Where is the dog?\\n" + {instruction}
-messages = [{{"role": "user", "content": [{{"type": "image", "image": "photo.jpg"}},
-                                         {{"type": "text", "text": question}}]}}]
-inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                       return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False, repetition_penalty=1.0)
-print(processor.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
-```
-
-With the project: `python sample.py answer --model . --image photo.jpg --question "Where is the dog?" --task detection`.
-
-Made with torch {torch}, transformers {transformers}, project commit {commit}.
-
-## Citation
-
-```bibtex
-@misc{{deng2025currreft,
-  title = {{Boosting the Generalization and Reasoning of Vision Language Models with Curriculum Reinforcement
-           Learning}},
-  author = {{Huilin Deng and Ding Zou and Rui Ma and Hongchen Luo and Yang Cao and Yu Kang}},
-  year = {{2025}}, eprint = {{2503.07065}}, archivePrefix = {{arXiv}}
-}}
-```
-"""
-
-
 def code(value):
     """Any text as Markdown code that a table cell can hold: on one line, nothing in it acts."""
     text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "\\|")
@@ -86,7 +24,8 @@ def code(value):
 
 
 def base_model(name):
-    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name."""
+    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name.
+    """
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{Path(name).absolute()}/")
     if cached or not Path(name).exists():
         hub = "/".join(cached.groups()) if cached else str(name)
@@ -160,9 +99,12 @@ def commit():
 
 
 def card(run, stage, instruction):
-    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see write_cards."""
+    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see
+    write_cards.
+    """
     hub, base = base_model(run.cfg.model)
-    return CARD.format(
+    template = Template((Path(__file__).parent / "card.md").read_text("utf-8"))
+    return template.substitute(
         front=front_matter(hub), title=f"Curr-ReFT, {stage.label}", number=stage.index + 1,
         total=len(run.cfg.curriculum), base=base, stages=stage_table(run, stage), settings=setting_table(run.cfg),
         results=result_table(run, stage.label), instruction=repr(instruction),
@@ -171,7 +113,8 @@ def card(run, stage, instruction):
 
 
 def write_cards(run, instruction):
-    """README.md for every finished stage that has none: also for one whose run was killed before its card was written.
+    """README.md for every finished stage that has none: also for one whose run was killed before its card was
+    written.
 
     instruction: what a prompt of open detection ends with, for the example of its use.
     """

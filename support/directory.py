@@ -1,20 +1,21 @@
-"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation and no task.
+"""A run's directory: what the run is made of, its checkpoints, and where it goes on. Knows no equation.
 
     RUN/config.json         settings, data and base model that the run was begun with
-    RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions (support/log.py)
+    RUN/metrics.jsonl       one line a step; samples.jsonl: now and then a question with its completions
     RUN/results.json        one row an evaluation; RUN/predictions/ROW.jsonl has every answer of it
     RUN/checkpoints/N       to resume from: weights, optimizer, log and state after N steps; the last two of them
     RUN/stages/N-NAME       the end of every stage, a Hugging Face directory
     RUN/rejected-N.jsonl    what rejection sampling kept for stage N
 
-Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's state.json has a
-digest of each of its files, and is believed only if all of them fit; else the one before is taken. What a run wrote
-after the checkpoint that it continues from is taken back: it will be written again.
+Whatever is written is complete or absent: written aside (.writing-..), synced, renamed. A checkpoint's
+state.json has a digest of each of its files, and is believed only if all of them fit; else the one before is
+taken. What a run wrote after the checkpoint that it continues from is taken back: it will be written again.
 
-A run is made of its settings, the bytes of its data, images and base model, and the code: told by name where they differ.
-Paths are no content: a copy of the same bytes elsewhere is no change.
+A run is made of its settings, the bytes of its data, images and base model, and the code: told by name where
+they differ. Paths are no content: a copy of the same bytes elsewhere is no change.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -28,31 +29,41 @@ from safetensors import SafetensorError
 
 from support.base import checkpoint_folder
 from support.files import (
-    clear_leftovers,
-    damage,
-    digest,
-    read_jsonl,
-    read_record,
-    sync,
-    write_aside,
-    write_record,
-)
+    clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
 from support.ranks import gather, world
 from support.words import RunError, UserError, say
 
 KEPT_CHECKPOINTS = 2  # within a stage; the end of every stage is kept in any case
 CODE = Path(__file__).resolve().parent.parent
-# Settings that change time, memory, places and what is shown, and nothing else: a resumed run may have others.
+# Settings that change time, memory, places and what is shown: a resumed run may have others.
 HARMLESS = {
-    "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes", "save_every",
-    "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url", "judge_model"}
+    "model", "data", "image_root", "questions", "out", "resume", "allow_changes", "timeout_minutes",
+    "save_every", "micro_batch", "max_rows", "checkpoint_activations", "offload", "report_to", "judge_url",
+    "judge_model"}
 
 
 class RunDirectory:
-    """RUN on disk. `stages` as they are written ("binary:600"), `labels` the names of their ends ("1-binary")."""
+    """RUN on disk. `stages` as they are written ("binary:600"), `labels` of their ends ("1-binary")."""
 
     def __init__(self, out, stages, labels):
         self.out, self.stages, self.labels = Path(out), list(stages), list(labels)
+        self.lock = None  # an open file; the kernel gives a lock back at any death
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.close()
+
+    def _take(self):
+        """Keep every other process out of the directory, from now on. Rank 0 alone."""
+        self.lock = self.lock or open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another process runs in it; wait for its end, or name another "
+                            "directory") from None
 
     def stage_end(self, index):
         """Where the end of a stage is kept."""
@@ -66,13 +77,18 @@ class RunDirectory:
         """What a sentence calls the checkpoint that a run would be resumed from."""
         return next((path for path, _ in self.checkpoints()[0]), "the base model")
 
+    def way_back(self):
+        """What to do when numbers have run away."""
+        return (f"The last good checkpoint is {self.last_checkpoint()}; resume with a lower --lr or a higher "
+                "--beta and --allow_changes.")
+
     # ---- Write a checkpoint ----
 
     def save(self, path, state, policy, processor, optimizer=None, rests_on=()):
-        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens meanwhile.
+        """Write a Hugging Face directory plus what resuming needs: complete or absent, whatever happens.
 
-        state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here would read.
-        All ranks call it together; RunError on all of them if any could not write its share.
+        state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here
+        would read. All ranks call it together; RunError on all of them if any could not write its share.
         """
         aside = path.with_name(f".writing-{path.name}")
         if world()[0] == 0:
@@ -92,17 +108,25 @@ class RunDirectory:
                            f"{self.last_checkpoint()}.")
         if world()[0] == 0:
             write_record(aside / "state.json", {
-                **state, "stages": self.stages, "rests_on": {
-                    os.path.relpath(file, self.out): digest(file) for file in rests_on},
+                **state, "stages": self.stages, "rests_on": self._digests(rests_on),
                 "files": {name: value for _, share in shares for name, value in share.items()}})
             sync(aside)
             if path.exists():
                 shutil.rmtree(path)
             aside.rename(path)
             sync(path.parent)
-            for old in sorted((self.out / "checkpoints").glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+            for old in sorted((self.out / "checkpoints").glob("[0-9]*/"))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         gather(None)
+
+    def _digests(self, paths):
+        """{path below the run: digest} of files, and of all files of checkpoints."""
+        found = {}
+        for path in paths:
+            name = str(path.relative_to(self.out))
+            files = read_record(path / "state.json")["files"] if path.is_dir() else None
+            found |= {f"{name}/{file}": value for file, value in files.items()} if files else {name: digest(path)}
+        return found
 
     def _write_share(self, folder, policy, processor, optimizer):
         """Write this rank's files of a checkpoint; returns {name: digest} of them."""
@@ -123,10 +147,12 @@ class RunDirectory:
     # ---- Find where to go on ----
 
     def checkpoints(self):
-        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the others])."""
+        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the
+        others]).
+        """
         found, faults = [], []
         for folder in ("checkpoints", "stages"):
-            for path in self.out.glob(f"{folder}/[0-9]*"):
+            for path in self.out.glob(f"{folder}/[0-9]*/"):
                 try:
                     found.append((path, read_record(path / "state.json")))
                 except UserError as error:
@@ -134,7 +160,9 @@ class RunDirectory:
         return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
 
     def whole_checkpoint(self):
-        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says which are not."""
+        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says
+        which are not.
+        """
         found, faults = self.checkpoints()
         for sentence in faults:
             say(f"{sentence}; that checkpoint is left out")
@@ -150,11 +178,13 @@ class RunDirectory:
     def find(self, settings, made_of, base):
         """(path, state, record, changed): where the run begins or goes on, for all ranks. Writes nothing.
 
-        settings: {field: value} of Config; made_of: see `made_of`; base: path of the base model. UserError if --out
-        cannot be begun or continued, or if something has changed and --allow_changes is not given.
+        settings: {field: value} of Config; made_of: see `made_of`; base: path of the base model. UserError if
+        --out cannot be begun or continued, or if something has changed and --allow_changes is not given.
         """
         answer = None
         if world()[0] == 0:
+            if (self.out / "config.json").exists():
+                self._take()
             record, changed = self._compare(settings, made_of)
             path, state = self.whole_checkpoint() or (base, {"stage": 0, "stage_step": 0, "stages": [], "files": {}})
             self._check_stages(state)
@@ -168,14 +198,15 @@ class RunDirectory:
         """The record for config.json, and sentences on what in it has changed since the run was begun."""
         out, file = self.out, self.out / "config.json"
         record = json.loads(json.dumps({**settings, "made_of": made_of, "changes": []}))
-        if blocked := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
-            raise UserError(f"--out {out} cannot be a directory: {blocked} is a file")
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--out {out} cannot be a directory: {there} is {'read-only' if there.is_dir() else 'a file'}")
         if not file.exists():
             there = [path.name for path in out.iterdir()] if out.exists() else []
-            if any(not name.startswith(".writing-") for name in there):  # which a start that was killed may leave
+            if any(not name.startswith((".writing-", ".lock")) for name in there):  # which a killed start may leave
                 raise UserError(f"--out {out} exists and is not empty, and has no config.json of a run; name another "
                                 "directory")
-            if settings["resume"] and not there:
+            if settings["resume"]:
                 raise UserError(f"--out {out} holds no run to resume; begin one without --resume")
             return record, []
         if not settings["resume"]:
@@ -193,28 +224,28 @@ class RunDirectory:
         return record, changed
 
     def _check_stages(self, state):
-        """UserError unless --stages has the finished stages as they were, and room for the one that is under way."""
+        """UserError unless --stages has the finished stages as they were, and room for the one under way."""
         was, now, n = list(state["stages"]), self.stages, state["stage"]
-        for i in range(n):
-            if was[i] != (now[i] if i < len(now) else ""):
-                raise UserError(f"--out {self.out}: stage {i + 1} is finished as {was[i]}, and --stages has "
-                                f"{now[i] if i < len(now) else 'nothing'} in its place. Leave it as it was; what is to "
-                                "be trained besides is a stage of its own after the finished ones")
-        if state["stage_step"]:
-            name, _, steps = (now[n] if n < len(now) else ":0").partition(":")
-            if name != was[n].partition(":")[0] or int(steps) < state["stage_step"]:
-                raise UserError(f"--out {self.out}: stage {n + 1} has taken {state['stage_step']} steps as {was[n]}, "
-                                f"and --stages has {now[n] if n < len(now) else 'nothing'} in its place")
+        if was[:n] != now[:n]:
+            raise UserError(f"--out {self.out}: finished as {' '.join(was[:n])}, and --stages begins with "
+                            f"{' '.join(now[:n]) or 'nothing'}. Leave finished stages as they were; what is to be "
+                            "trained besides is a stage of its own after them")
+        name, _, steps = (now[n] if n < len(now) else ":0").partition(":")
+        if state["stage_step"] and (name != was[n].partition(":")[0] or int(steps) < state["stage_step"]):
+            raise UserError(f"--out {self.out}: stage {n + 1} has taken {state['stage_step']} steps as {was[n]}, "
+                            f"and --stages has {now[n] if n < len(now) else 'nothing'} in its place")
 
     # ---- Go on ----
 
     def begin(self, path, state, record, changed):
         """Make the directory what it was at a checkpoint: what is later will be written again. Rank 0 alone.
 
-        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was made.
+        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was
+        made.
         """
         step = state.get("global_step", 0)
         self.out.mkdir(parents=True, exist_ok=True)
+        self._take()
         clear_leftovers(self.out)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         if step:
@@ -254,48 +285,34 @@ os.umask(UMASK)
 
 # ---- What a run is made of ----
 
-def made_of(model, data, image_root, files, images):
-    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of what a run uses.
+def made_of(cfg, examples):
+    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a
+    run uses.
 
-    files, images: paths of data files and images, told relative to `data` and `image_root` where they lie in them.
+    Files and images are named relative to --data and --image_root where they lie in them.
     """
+    files = sorted({example.where.rpartition(":")[0] for example in examples})
+    images = sorted({image for example in examples for image in example.images})
     with ThreadPoolExecutor(8) as pool:
-        images = sorted(images)
-        return {"data": {told_as(file, data): digest(file) for file in sorted(files)},
-                "images": dict(zip((told_as(image, image_root) for image in images), pool.map(digest, images))),
-                "model": model_digest(model), "code": code_digest()}
+        return {"data": {shown_as(file, cfg.data): digest(file) for file in files},
+                "images": dict(zip((shown_as(image, cfg.image_root or cfg.data) for image in images),
+                                   pool.map(digest, images))),
+                "model": model_digest(cfg.model), "code": code_digest()}
 
 
-def told_as(file, folder):
+def shown_as(file, folder):
     """The path of a file relative to `folder` where it lies in it, else its name."""
     relative = os.path.relpath(file, folder or ".")
     return os.path.basename(file) if relative.startswith("..") else relative
 
 
 def model_digest(path):
-    """{file: digest} of a model directory, of a file above 16 MiB of a sample; or {"revision": commit} of a hub name."""
+    """{file: digest} of a model directory, or {"revision": commit} of a hub name."""
     folder = checkpoint_folder(path)
     if not Path(path).is_dir():
         return {"revision": folder.name}
-    return {file.name: sample_digest(file) for file in sorted(folder.iterdir())
+    return {file.name: digest(file) for file in sorted(folder.iterdir())
             if file.suffix in (".json", ".jinja", ".txt", ".safetensors")}
-
-
-def sample_digest(path, piece=2**20, pieces=64):
-    """A digest of a file of any size that reads 65 MiB at most: training changes every part of a model.
-
-    Its size, its first MiB (of weights: names, types and shapes) and 64 more MiB spread over it. Another model is found
-    in a second; a single flipped bit of 7 GB may not be.
-    """
-    size = os.path.getsize(path)
-    if size <= 2**24:
-        return digest(path)
-    total = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(pieces + 1):
-            file.seek(i * (size - piece) // pieces)
-            total.update(file.read(piece))
-    return total.hexdigest()
 
 
 def code_digest():

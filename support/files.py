@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are read again."""
+"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are
+read again.
+"""
 
 import hashlib
 import json
@@ -15,7 +17,7 @@ BLOCK = 2**24  # bytes that are hashed at a time
 def write_aside(path, text):
     """Write a small file so that it is complete or unchanged."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.rename(path)
 
@@ -55,7 +57,9 @@ def digest(path):
 
 
 def damage(folder, files):
-    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None if nothing."""
+    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None
+    if nothing.
+    """
     for name, expected in files.items():
         try:
             if digest(Path(folder) / name) != expected:
@@ -68,41 +72,35 @@ def damage(folder, files):
 
 
 def seal(value):
-    """Digest of a JSON value, however it is spelled."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sealed(value):
-    """A dict with its own digest under "sha256", for `unsealed`."""
-    return {**value, "sha256": seal(value)}
-
-
-def unsealed(value):
-    """The dict that was `sealed`; ValueError, KeyError, TypeError or AttributeError if it is another one."""
+    """Digest of a JSON value, however it is spelled, its own seal aside."""
     rest = {name: part for name, part in value.items() if name != "sha256"}
-    if value["sha256"] != seal(rest):
-        raise ValueError("its digest is that of another content")
-    return rest
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_record(path, value):
     """Write a dict as JSON that carries its own digest, for `read_record`."""
-    write_aside(path, json.dumps(sealed(value), indent=1))
+    write_aside(path, json.dumps({**value, "sha256": seal(value)}, indent=1))
 
 
 def read_record(path):
-    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another one."""
+    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another
+    one.
+    """
     try:
-        return unsealed(json.loads(Path(path).read_text("utf-8")))
+        value = json.loads(Path(path).read_text("utf-8"))
+        if value.pop("sha256") != seal(value):
+            raise ValueError("its digest is that of another content")
+        return value
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
 
 
 def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line."""
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line.
+    """
     rows = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text("utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

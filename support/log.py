@@ -1,4 +1,6 @@
-"""What a run writes down and shows of each step: metrics.jsonl, the line on the terminal, a sample now and then."""
+"""What a run writes down and shows of each step: metrics.jsonl, the line on the terminal, a sample now and
+then.
+"""
 
 import json
 import math
@@ -18,7 +20,9 @@ SHOWN = {  # column of metrics.jsonl -> what the line of a step calls it
 
 
 def over_ranks(sums, seconds, signal):
-    """Add up {name: (sum, count)} of all ranks; returns (totals, {part: seconds of the slowest rank}, any signal)."""
+    """Add up {name: (sum, count)} of all ranks; returns (totals, {part: seconds of the slowest rank}, any
+    signal).
+    """
     totals, slowest, arrived = {}, {}, 0
     for others, times, number in gather((sums, seconds, signal)):
         arrived = arrived or number
@@ -51,7 +55,8 @@ class Log:
     def step(self, stage, head, totals, seconds, tail):
         """Write and show a step: means of `totals` between the columns of `head` and `tail`. Rank 0 alone.
 
-        tokens_per_second: tokens sampled by a rollout a second, or answers' tokens learned from by a supervised update.
+        tokens_per_second: tokens sampled by a rollout a second, or answers' tokens learned from by a
+        supervised update.
         """
         part = "rollout" if "rollout" in seconds else "update"
         tokens = totals["completion_length" if part == "rollout" else "loss"][part == "update"]
@@ -80,15 +85,16 @@ class Log:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
 
-    def sample(self, stage_step, global_step, example, completions):
-        """Now and then one answer with its rewards, so that a person sees what is rewarded; its group to samples.jsonl.
-
-        completions: rows {"text", "truncated", "accuracy", "format", "advantage"}. Rank 0 alone.
-        """
+    def sample(self, stage_step, step, group):
+        """Now and then one answer with its rewards on the terminal, and all of its group in samples.jsonl."""
         if stage_step % SAMPLE_EVERY or world()[0]:
             return
+        example, worth = group.example, (group.accuracy, group.format, group.advantages)
+        completions = [{"text": o.text, "truncated": o.truncated, "accuracy": accuracy, "format": form,
+                        "advantage": round(advantage, 4)}
+                       for o, accuracy, form, advantage in zip(group.completions, *(x.tolist() for x in worth))]
         self.append("samples.jsonl", {
-            "step": global_step, "where": example.where, "form": example.form, "problem": example.problem,
+            "step": step, "where": example.where, "form": example.form, "problem": example.problem,
             "solution": example.solution, "images": example.images, "completions": completions})
         first = completions[0]
         say(f"--- {one_line(example.problem)}\n    truth {one_line(example.solution)}\n"

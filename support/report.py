@@ -1,7 +1,7 @@
 """--report_to: every row of metrics.jsonl and every evaluation, in TensorBoard or Weights & Biases as well.
 
-The run directory stays the record. A tracker that is asked for and missing, or that cannot start, ends the program
-before any training; one that breaks later is given up, which is said once, and the run goes on.
+The run directory stays the record. A tracker that is asked for and missing, or that cannot start, ends the
+program before any training; one that breaks later is given up, which is said once, and the run goes on.
 """
 import json
 import os
@@ -26,10 +26,11 @@ class Reporter:
                             "metrics.jsonl has every number") from error
 
     def start(self, out, settings, step):
-        """Begin the tracker's run for the run directory `out`, or continue it after `step` steps; else UserError.
+        """Begin the tracker's run for the run directory `out`, or continue it after `step` steps; else
+        UserError.
 
-        tensorboard: in out/tensorboard. wandb: under the id kept in out/wandb_id, and where its WANDB_.. variables say.
-        A tracker that is new to a resumed run is told the steps so far.
+        tensorboard: in out/tensorboard. wandb: under the id kept in out/wandb_id, and where its WANDB_..
+        variables say. A tracker that is new to a resumed run is told the steps so far.
         """
         if not self.kind:
             return
@@ -45,7 +46,9 @@ class Reporter:
                 self(json.loads(line))
 
     def __call__(self, row):
-        """Send a row, whose "step" it belongs to. The first failure is said, and then nothing is sent any more."""
+        """Send a row, whose "step" it belongs to. The first failure is said, and then nothing is sent any
+        more.
+        """
         try:
             if self.send:
                 self.send(row)
@@ -74,7 +77,9 @@ def to_tensorboard(module, mark, settings, step):
 
 
 def to_wandb(module, mark, settings, step):
-    """A function that sends a row, drawn over its "step": wandb's own counter refuses steps that are taken again."""
+    """A function that sends a row, drawn over its "step": wandb's own counter refuses steps that are taken
+    again.
+    """
     if not mark.exists():
         mark.write_text(uuid.uuid4().hex)
     run = module.init(project=os.environ.get("WANDB_PROJECT", "curr-reft"), id=mark.read_text(), resume="allow",

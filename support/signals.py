@@ -1,8 +1,9 @@
 """How a run ends: what a signal does, and the sentence and exit code of every end.
 
-SIGINT (Ctrl-C), SIGHUP (the terminal was closed) and SIGTERM (a scheduler, torchrun) are one thing: what cannot be cut is
-finished (a step, a checkpoint), everything is saved, one sentence is said, and the exit code is 128 + the signal's
-number. A second one ends the process at once. A rank whose torchrun is gone ends as if the terminal had been closed.
+SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM (a scheduler, torchrun) and the warnings of batch
+systems are one thing: what cannot be cut is finished (a step, a checkpoint), everything is saved, one
+sentence is said, and the exit code is 128 + the signal's number, on all ranks, whichever of them it reached.
+A second one ends the process at once. A rank whose torchrun is gone ends as if the terminal had been closed.
 """
 
 import os
@@ -16,19 +17,22 @@ import torch
 
 from support.words import RunError, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-PATIENCE = 2.0  # seconds in which further signals are the first one's echo: torchrun passes on what the terminal sent to all
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+PATIENCE = 2.0  # seconds in which further signals are the first one's echo: torchrun passes on what all were sent
 
 
 class Stopped(BaseException):
-    """A signal has arrived and everything worth keeping is saved. No `except Exception` on the way may swallow it."""
+    """A signal has arrived on some rank, Stopped(its number), and everything worth keeping is saved.
+
+    No `except Exception` on the way may swallow it.
+    """
 
 
 class Signals:
     """Which signal has arrived, if any: `with signals:` around a whole run and its last words.
 
-    `with signals.held():` is around what is finished first. Elsewhere the first signal raises Stopped where the program
-    stands, which loses nothing: whatever is written is complete or absent.
+    `with signals.held():` is around what is finished first. Elsewhere the first signal raises Stopped where
+    the program stands, which loses nothing: whatever is written is complete or absent.
     """
 
     def __init__(self):
@@ -37,7 +41,7 @@ class Signals:
     def __enter__(self):
         self.__init__()
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.parent = os.getppid()
+            self.parent = int(os.environ.get("LAUNCHER", os.getppid()))
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the background of a script want it
@@ -55,11 +59,12 @@ class Signals:
             return
         self.number, self.since = number, time.monotonic()
         if not self.holding:
-            raise Stopped
+            raise Stopped(number)
 
     @contextmanager
     def held(self):
-        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile."""
+        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile.
+        """
         self.holding = True
         try:
             yield
@@ -76,7 +81,7 @@ class Signals:
     def check(self, *_):
         """Raise Stopped if a signal has arrived: asked now and then in long work."""
         if self.arrived():
-            raise Stopped
+            raise Stopped(self.number)
 
 
 signals = Signals()  # of this process
@@ -88,9 +93,10 @@ def ending(error, begun):
     begun: whether there is a run directory to continue.
     """
     kept = "what was finished is kept, continue with --resume" if begun else "no run was begun"
-    if signals.number:  # also if it has ended another rank first, and so a collective operation here
+    number = error.args[0] if isinstance(error, Stopped) else signals.number
+    if number:  # also if it has ended another rank first, and so a collective operation here
         saved = "everything is saved, continue with --resume" if begun else kept
-        return f"stopped by {signal.Signals(signals.number).name}; {saved}", 128 + signals.number
+        return f"stopped by {signal.Signals(number).name}; {saved}", 128 + number
     if isinstance(error, UserError):
         return str(error), 1 if isinstance(error, RunError) else 2
     if isinstance(error, OSError):

@@ -1,4 +1,6 @@
-"""Offline stand-ins for the tests: a random Qwen2.5-VL checkpoint of 0.2 M parameters, and a small task directory."""
+"""Offline stand-ins for the tests: a random Qwen2.5-VL checkpoint of 0.2 M parameters, and a small task
+directory.
+"""
 
 import json
 from pathlib import Path
@@ -7,12 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
+    GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 SPECIAL = [f"<|{name}|>" for name in (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
@@ -36,15 +34,22 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, Qwen's split and special tokens, these at the end; `<think>` is several ordinary tokens."""
+def byte_bpe(texts, vocab_size, split=SPLIT, **training) -> Tokenizer:
+    """A byte-level BPE tokenizer in Qwen's way, trained on `texts`."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=340, show_progress=False,
-                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **training))
+    return bpe
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, Qwen's split and special tokens, these at the end; `<think>` is several ordinary tokens."""
+    bpe = byte_bpe(CORPUS, 340)
     bpe.add_special_tokens(SPECIAL)
     bpe.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -54,7 +59,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_checkpoint(path, seed: int = 0) -> Path:
-    """Write a random Qwen2.5-VL checkpoint (model, tokenizer, image processor, generation config); return `path`."""
+    """Write a random Qwen2.5-VL checkpoint (model, tokenizer, image processor, generation config); return
+    `path`.
+    """
     path, tokenizer = Path(path), tiny_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
@@ -71,7 +78,8 @@ def tiny_checkpoint(path, seed: int = 0) -> Path:
         vision_end_token_id=ids["vision_end"])
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    # What a real checkpoint carries: settings that `generate` merges silently, and that no rollout may be bent by.
+    # What a real checkpoint carries: settings that `generate` merges silently, and that no rollout may be
+    # bent by.
     model.generation_config = GenerationConfig(
         do_sample=True, repetition_penalty=1.05, top_k=50, temperature=0.1,
         eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"])
@@ -98,7 +106,9 @@ def write_jsonl(path, rows) -> Path:
 
 
 def tiny_data(path) -> Path:
-    """A task directory in the released layout: four images of mixed sizes, stage files, two test files, questions."""
+    """A task directory in the released layout: four images of mixed sizes, stage files, two test files,
+    questions.
+    """
     path = Path(path)
     sizes = {"a": (84, 56), "b": (56, 84), "c": (112, 112), "d": (200, 100)}
     for (name, size), color in zip(sizes.items(), ("red", "green", "blue", "yellow")):

@@ -1,4 +1,7 @@
-"""What is probably not meant, in data or settings: a sentence each, where nothing can be refused."""
+"""What is probably not meant, in data or settings: a sentence each, where nothing can be refused.
+
+Knows no task: whether answers are places in an image is handed in.
+"""
 
 import os
 import re
@@ -7,56 +10,66 @@ from support.answers import BOX, parse_letters, truth_of
 from support.numbers import elements, parse_number
 from support.words import say
 
+NUMBERS = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
+CONVERT = "`python -m tools.convert rows FILE --boxes"
+
 
 def box_convention(boxes) -> str:
-    """How a file's boxes seem to be written if not as two corners in pixels; "" without a sign of it.
+    """How a file's boxes seem to be written if not as two corners in pixels; "" without a sign.
 
-    boxes: [((four numbers), (width, height) of its image), ..], all of one file. One strange box in ten is a sign.
+    boxes: [((four numbers), (width, height) of its image), ..]. One strange box in ten is a sign.
     """
     beyond = sum(box[2] > size[0] + 1 or box[3] > size[1] + 1 for box, size in boxes)
     turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
-    sized = all(0 <= box[0] and 0 <= box[1] and box[0] + box[2] <= size[0] + 1 and box[1] + box[3] <= size[1] + 1
-                for box, size in boxes)
-    found = f"Of {len(boxes)} boxes"
+    sized = all(0 <= box[n] <= size[n] + 1 - box[n + 2] for box, size in boxes for n in (0, 1))
     if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"{found} {turned} are none as two corners, and all fit as corner and size: they seem to be [x, y, "
-                "width, height]. `python -m tools.convert rows FILE --boxes xywh` writes them as corners.")
-    if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
-        return (f"{found} {beyond} leave their image, and all lie within 0 to 1000: they seem to be thousandths of the "
-                "image. `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels.")
+        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, "
+                f"width, height], which they seem to be. {CONVERT} xywh` writes corners.")
+    if beyond and beyond >= 0.1 * len(boxes) and all(
+            0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
+        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: "
+                f"they seem to be thousandths of it. {CONVERT} thousandths` writes pixels.")
     return ""
 
 
-def in_a_file(examples, boxes, moved, placed) -> list[str]:
-    """Sentences about the examples of one file, its boxes ([(box, image size), ..]), and images that other machines named.
+def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
+    """Sentences about the examples of one file and its boxes, [(box, image size), ..].
 
-    placed: names of the tasks whose answers are places in an image.
+    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are
+    places in an image, which are converted to the pixels that the model sees.
     """
     wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
-    loose = [example.where for example in examples if example.images and example.task not in placed
-             and any(not mark for mark, *_ in BOX.findall(example.problem))]
-    told = [(len(wide) >= 20 and 800 < max(wide) <= 1000,
-             f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths of the "
-             "image, `python -m tools.convert rows FILE --boxes thousandths` writes them in pixels"),
-            (twice, f"{twice} of {len(examples)} rows are there more than once"),
-            (moved, f"{len(moved)} images are named by paths of another machine, and were found by the ends of these"),
-            (loose, f"{len(loose)} questions of tasks without boxes hold lists of four numbers, the first {loose[:1]}; "
-             'a box must be marked, {"bbox_2d": [..]}, to be converted to the pixels that the model sees')]
-    return [sentence for sign, sentence in told if sign]
+    others = [e for e in examples if e.images and e.task not in placed]
+    asked = [e.where for e in others if any(not mark for mark, *_ in BOX.findall(e.problem))]
+    answered = [e.where for e in others if e.form == "open" and NUMBERS.search(truth_of(e))]
+    sentences = [
+        (len(wide) >= 20 and 800 < max(wide) <= 1000,
+         f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are "
+         f"thousandths of the image, {CONVERT} thousandths` writes pixels"),
+        (twice, f"{twice} of {len(examples)} rows are there more than once"),
+        (elsewhere, f"{len(elsewhere)} images are named by paths of another machine, and found by "
+         "their ends"),
+        (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the "
+         f'first {asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
+        (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the "
+         f"first {answered[:1]}; if they are places in the image, give the task's record one, or "
+         "they stay in pixels that the model does not see")]
+    return [sentence for sign, sentence in sentences if sign]
 
 
 def between(train, tests) -> list[str]:
     """Sentences about what training examples and test examples share."""
-    seen, shown = {same(example) for example in train}, {family(image) for e in train for image in e.images}
+    seen, shown = {same(e) for e in train}, {family(image) for e in train for image in e.images}
     found = []
     for split in dict.fromkeys(example.split for example in tests):
         rows = [example for example in tests if example.split == split]
+        images = {image for example in rows for image in example.images}
         if known := sum(same(example) in seen for example in rows):
             found.append(f"test {split}: {known} of {len(rows)} rows are training rows")
-        pictures = {image for example in rows for image in example.images}
-        if known := sum(family(image) in shown for image in pictures):
-            found.append(f"test {split}: {known} of {len(pictures)} images, or versions of them, are training images")
+        if known := sum(family(image) in shown for image in images):
+            found.append(f"test {split}: {known} of {len(images)} images, or versions of them, are "
+                         "training images")
     return found
 
 
@@ -64,53 +77,55 @@ def of_a_run(cfg, examples: dict) -> list[str]:
     """Sentences about settings that can hardly be meant, given {stage name: its examples}."""
     found = []
     for stage in cfg.curriculum:
-        count, batch = len(examples.get(stage.name, ())), cfg.prompts_per_step if stage.forms else cfg.sft_batch
-        answers = len({truth_of(example) for example in examples.get(stage.name, ())})
-        if count and (passes := stage.steps * batch / count) > (50 if stage.forms else 10):
-            found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} passes over {count} "
-                         f"examples, which have {answers} different answers")
+        rows = examples.get(stage.name, ())
+        batch, most = (cfg.prompts_per_step, 50) if stage.forms else (cfg.sft_batch, 10)
+        if rows and (passes := stage.steps * batch / len(rows)) > most:
+            answers = len({truth_of(example) for example in rows})
+            found.append(f"stage {stage.label}: {stage.steps} steps of {batch} are {passes:.3g} "
+                         f"passes over {len(rows)} examples with {answers} different answers")
     return found
 
 
 class Watch:
-    """Says why nothing seems to be learned, each reason once a stage: called with each row of metrics.jsonl."""
+    """Says why nothing seems to be learned, each reason once a stage: called with each log row."""
     STEPS = 20
 
     def __init__(self):
-        self.stage, self.rows, self.told = None, [], set()
-        self.rounding = 1e-3  # nats that sampled and scored log-probabilities may be apart on average, in float32
+        self.stage, self.rows, self.said = None, [], set()
+        self.rounding = 1e-3  # nats between sampled and scored log-probabilities, in float32
 
     def __call__(self, row) -> None:
         if row["stage_index"] != self.stage:
-            self.stage, self.rows, self.told = row["stage_index"], [], set()
+            self.stage, self.rows, self.said = row["stage_index"], [], set()
         self.rows = (self.rows + [row])[-self.STEPS:]
-        if "reward" not in row:
-            return
+        for reason, sentence in self.signs(row) if "reward" in row else ():
+            if reason not in self.said:
+                self.said.add(reason)
+                say(sentence)
+
+    def signs(self, row):
+        """(reason, sentence) of each sign in the last rows."""
         if row["logp_gap"] > self.rounding:
-            self._tell("gap", f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities are "
-                       f"{row['logp_gap']:.2g} apart, far above rounding: the generator samples another distribution "
-                       "than the one that is trained (a repetition penalty, top_p, another temperature, old weights)")
+            yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-"
+                          f"probabilities are {row['logp_gap']:.2g} apart, far above rounding: the "
+                          "generator samples another distribution than the one that is trained (a "
+                          "repetition penalty, top_p, another temperature, old weights)")
         if len(self.rows) < self.STEPS:
             return
-        mean = {name: sum(row[name] for row in self.rows) / self.STEPS
-                for name in ("reward", "truncated", "equal_groups")}
+        reward, truncated, equal = (sum(row[name] for row in self.rows) / self.STEPS
+                                    for name in ("reward", "truncated", "equal_groups"))
         last = f"{row['stage']}, the last {self.STEPS} steps:"
-        if mean["truncated"] > 0.5:
-            self._tell("truncated", f"{last} {mean['truncated']:.0%} of the completions were cut before their end; raise "
-                       "--max_completion_length, or start from a model that says less")
-        if mean["reward"] == 0:
-            self._tell("reward", f"{last} every reward was 0, so there is nothing to learn from; look at samples.jsonl, "
-                       "and begin with an easier form or with a model that answers in the format")
-        elif mean["equal_groups"] > 0.9:
-            self._tell("equal", f"{last} in {mean['equal_groups']:.0%} of the groups all rewards were equal, and these "
-                       "teach nothing; ask harder questions if they are all right, else easier ones, or raise "
-                       "--num_generations or --temperature")
-
-    def _tell(self, reason, sentence):
-        """Say a sentence if its reason was not said in this stage."""
-        if reason not in self.told:
-            self.told.add(reason)
-            say(sentence)
+        if truncated > 0.5:
+            yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their "
+                                "end; raise --max_completion_length, or train a terser model")
+        if reward == 0:
+            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at "
+                             "samples.jsonl, and begin with an easier form or with a model that "
+                             "answers in the format")
+        elif equal > 0.9:
+            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which "
+                            "teaches nothing; ask harder questions if they are all right, else "
+                            "easier ones, or raise --num_generations or --temperature")
 
 
 def same(example) -> tuple:
@@ -119,15 +134,17 @@ def same(example) -> tuple:
 
 
 def family(image) -> str:
-    """What all versions of one photo share: Roboflow writes NAME_jpg.rf.HASH.jpg for each. Without `.rf.`, the path."""
+    """What all versions of a photo share: Roboflow writes NAME_jpg.rf.HASH.jpg. Else the path."""
     return re.sub(r"\.rf\.[^/]*$", "", os.fspath(image))
 
 
-def text_only_truths(examples) -> list[str]:
-    """True answers of open math rows that only the same text equals, though there is a number or a formula in them.
+def text_only_truths(truths) -> list[str]:
+    """Of math truths those that only the same text equals, though they hold a number or a formula.
 
-    "10 people or 12", "x \\\\in A" -> paid as they are written; "20/3", "(1, 2)", "B", "isosceles" are not listed.
+    "10 people or 12", "x \\\\in A"; but not "20/3", "(1, 2)", "B", "isosceles".
     """
-    truths = [truth_of(example) for example in examples if (example.task, example.form) == ("math", "open")]
-    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and parse_number(truth) is None
-            and not parse_letters(truth) and not (elements(truth) and all(map(parse_number, elements(truth)[1])))]
+    def read(truth):
+        parts = elements(truth)
+        numbers = parts and all(map(parse_number, parts[1]))
+        return numbers or parse_number(truth) is not None or parse_letters(truth)
+    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and not read(truth)]

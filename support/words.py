@@ -1,7 +1,9 @@
-"""Words to the user: errors that are sentences, and one way to the terminal for all that is printed. Needs no torch.
+"""Words to the user: errors that are sentences, and one way to the terminal for all that is printed. Needs no
+torch.
 
-Control characters and escapes become visible marks, whether they come from a row, a file's name, a judge or a library;
-what the locale cannot write becomes an escape; and a pipe that was closed, or no stream at all, ends no run.
+Control characters and escapes become visible marks, whether they come from a row, a file's name, a judge or a
+library; what the locale cannot write becomes an escape; and a pipe that was closed, or no stream at all, ends
+no run.
 """
 
 import functools
@@ -16,11 +18,15 @@ KEPT = {"\n", "\t"}
 
 
 class UserError(Exception):
-    """A mistake in data, files or flags. `str(error)` is read by the user: what is wrong, and what to do about it."""
+    """A mistake in data, files or flags. `str(error)` is read by the user: what is wrong, and what to do
+    about it.
+    """
 
 
 class RunError(UserError):
-    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of 2."""
+    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of
+    2.
+    """
 
 
 def say(text):
@@ -35,7 +41,8 @@ def one_line(text, limit=300):
 
 
 def visible(text):
-    """Text in which nothing acts on a terminal: "\\x1b[2J" -> "?[2J". A progress bar's leading "\\r" stays."""
+    """Text in which nothing acts on a terminal: "\\x1b[2J" -> "?[2J". A progress bar's leading "\\r" stays.
+    """
     bar = "\r" * (len(text) - len(text.lstrip("\r")))
     return bar + "".join(c if c.isprintable() or c in KEPT else "?" for c in text[len(bar):])
 
@@ -85,7 +92,8 @@ def terminal():
 def command(main):
     """Decorator of a command's main(argv=None): it returns the exit code, and a user's mistake is a sentence.
 
-    0 or what `main` returns; 2 for a UserError or a file that cannot be used (1 for a RunError); 130 after Ctrl-C.
+    0 or what `main` returns; 2 for a UserError or a file that cannot be used (1 for a RunError); 130 after
+    Ctrl-C.
     """
     @functools.wraps(main)
     def run(argv=None):
@@ -93,7 +101,9 @@ def command(main):
             try:
                 return main(argv) or 0
             except (UserError, OSError) as error:
-                print(f"{Path(main.__code__.co_filename).stem}: {error}", file=sys.stderr)
+                file = Path(main.__code__.co_filename)
+                name = file.stem if file.stem != "__main__" else file.parent.name
+                print(f"{name}: {error}", file=sys.stderr)
                 return 1 if isinstance(error, RunError) else 2
             except KeyboardInterrupt:
                 return 130

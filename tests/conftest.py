@@ -1,11 +1,24 @@
-"""Marks: `-m "not slow"` leaves out the tests that start processes of their own, for a run under two minutes."""
+"""Marks and what many tests share. `-m "not slow"` leaves out tests that start processes, for a run within 90 seconds."""
+
+import pytest
+
+import currreft
+from runs import letters
+from support.tiny import tiny_checkpoint, tiny_data
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts whole training runs as processes, with ranks and kills")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "uninterrupted" in getattr(item, "fixturenames", ()):
-            item.add_marker("slow")
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """(checkpoint, data directory), for reading alone."""
+    path = tmp_path_factory.mktemp("base")
+    return tiny_checkpoint(path / "model"), tiny_data(path / "data")
+
+
+@pytest.fixture
+def learnable(monkeypatch):
+    """Rewards that a random model can learn within a minute."""
+    monkeypatch.setattr(currreft, "accuracy_reward", letters)

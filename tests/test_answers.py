@@ -9,15 +9,7 @@ import pytest
 
 from support import answers
 from support.answers import (
-    assignment,
-    iou,
-    matched_iou,
-    parse_boxes,
-    parse_labels,
-    parse_letters,
-    parse_verdict,
-    undress,
-)
+    assignment, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict, undress)
 from support.numbers import elements, normalize, parse_number, same_math
 
 

@@ -1,33 +1,44 @@
-"""A new task is one record: the README's example, "point", whose answer is a point inside a box of the truth.
+"""A new task is one record: the README's "point", whose answer is a point inside the true box.
 
-What stands between the lines is the whole diff, and it would stand in tasks.py. Nothing else knows that it exists; the
-tests show that boxes are resized, truths checked, questions derived, answers paid, and that it trains.
+What stands between the lines is the whole diff, and it would stand in rewards.py. Nothing else
+knows it: rows are read, checked and resized, questions derived, answers paid, and it trains.
 """
 
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 import currreft
 from data import instruction, load_examples
-from forms import derive
-from rewards import TASKS, Task, accuracy_reward, format_reward
-from support.answers import parse_boxes, truth_of
+from forms import derive, derive_all
+from rewards import TASKS, Task, accuracy_reward, detection_truth_error, format_reward, resize_boxes
+from support.answers import parse_boxes, parse_letters, truth_of
 from support.tiny import tiny_checkpoint, tiny_image, write_jsonl
 from support.words import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+POINT_2D = re.compile(r'\{"point_2d": \[([0-9]{1,5}), ([0-9]{1,5})\]\}')
 
 
 def parse_point(text):
     """(x, y) of {"point_2d": [x, y]}; None for anything else."""
-    found = re.fullmatch(r'\{"point_2d": \[([0-9]{1,5}), ([0-9]{1,5})\]\}', text.strip())
+    found = POINT_2D.fullmatch(text.strip())
     return found and (int(found[1]), int(found[2]))
 
 
 def spell_point(x, y):
     return json.dumps({"point_2d": [round(x), round(y)]})
+
+
+def resize_points(text, old, new):
+    """A text with its points and boxes in pixels of another size."""
+    sx, sy = new[0] / old[0], new[1] / old[1]
+    text = resize_boxes(text, old, new)
+    return POINT_2D.sub(lambda found: spell_point(int(found[1]) * sx, int(found[2]) * sy), text)
 
 
 def point_accuracy(answer, truth, **_):
@@ -44,77 +55,99 @@ def center(example):
 
 
 POINT = Task(
-    accuracy=point_accuracy, fault=detection_fault, boxes=True, needs_image=True,
+    accuracy=point_accuracy, truth_error=detection_truth_error, resize=resize_points,
     rule=lambda _: 'Answer with one point in pixels, {"point_2d": [x, y]}.',
     readable=lambda answer: parse_point(answer) is not None,
     spell=center, right=lambda example: [center(example)],
-    wrong=lambda text, example: parse_point(text) is not None and not point_accuracy(text, truth_of(example)),
-    invent=lambda example, rng: [spell_point(rng.randrange(example.size[0]), rng.randrange(example.size[1]))
-                                 for _ in range(100)])
+    wrong=lambda text, example: parse_point(text) and not point_accuracy(text, truth_of(example)),
+    invent=lambda example, rng: (spell_point(*map(rng.randrange, example.size)) for _ in range(99)))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
+    """Rows of the task on images of mixed sizes, each with its box in another corner."""
     monkeypatch.setitem(TASKS, "point", POINT)
-    for n in range(4):
-        tiny_image(tmp_path / f"{n}.png", (200, 100))
-    return [{"problem": f"Point at thing {n}.", "solution": '{"bbox_2d": [20, 10, 100, 50]}', "task": "point",
-             "image": f"{n}.png"} for n in range(4)]
+    sizes = [(200, 100), (112, 84), (300, 560), (640, 480)] * 5
+    for n, size in enumerate(sizes):
+        tiny_image(tmp_path / f"{n}.png", size)
+    corners = [(0.5 * (n // 2 % 2), 0.5 * (n % 2)) for n in range(len(sizes))]
+    boxes = [[round(w * x), round(h * y), round(w * (x + 0.4)), round(h * (y + 0.4))]
+             for (w, h), (x, y) in zip(sizes, corners)]
+    return [{"problem": f"Point at thing {n}.", "task": "point", "image": f"{n}.png",
+             "solution": str(box)} for n, box in enumerate(boxes)]
+
+
+def read(folder, *rows):
+    return load_examples(write_jsonl(folder / "open.jsonl", rows))
 
 
 def test_its_rows_are_read_checked_and_resized(rows, tmp_path):
-    example = load_examples(write_jsonl(tmp_path / "open.jsonl", rows))[0]
+    example = read(tmp_path, rows[0] | {"solution": '{"bbox_2d": [20, 10, 100, 50]}'})[0]
     assert example.size == (196, 112) and parse_boxes(truth_of(example)) == [(20, 11, 98, 56)]
     assert instruction(example).endswith('{"point_2d": [x, y]}.')
-    for change, words in (({"solution": "the middle"}, "neither"), ({"image": None}, "needs an image"),
-                          ({"solution": '{"bbox_2d": [20, 10, 900, 50]}'}, "leaves the image")):
+    for change, words in (({"solution": "the middle"}, "neither"), ({"image": []}, "needs an"),
+                          ({"solution": '{"bbox_2d": [20, 10, 900, 50]}'}, "leaves the image"),
+                          ({"task": "pointing"}, "'pointing', not one of .*, general, point;")):
         with pytest.raises(UserError, match=words):
-            load_examples(write_jsonl(tmp_path / "bad.jsonl", [{k: v for k, v in (rows[0] | change).items()
-                                                               if v is not None}]))
+            read(tmp_path, rows[0] | change)
+
+
+def test_a_fork_is_told_what_it_forgot(rows, tmp_path, monkeypatch, capsys):
+    """81 of 320 options lay outside their image when `resize` knew boxes only, or was not there."""
+    with pytest.raises(ValueError, match=r"\(readable\)"):
+        replace(POINT, readable=None)
+    with pytest.raises(ValueError, match=r"\(wrong\)"):
+        replace(POINT, wrong=None)
+    monkeypatch.setitem(TASKS, "point", replace(POINT, resize=resize_boxes))
+    with pytest.raises(UserError, match=r"`resize` of task point finds no .* in '\{\"point_2d"):
+        read(tmp_path, *rows)
+    monkeypatch.setitem(TASKS, "point", replace(POINT, resize=None))
+    read(tmp_path, *rows)
+    assert "20 answers of tasks without `resize` hold lists of numbers" in capsys.readouterr().err
 
 
 def test_its_answers_are_paid(rows, tmp_path):
-    example = load_examples(write_jsonl(tmp_path / "open.jsonl", rows))[0]
-    for answer, accuracy, formatted in (('{"point_2d": [50, 30]}', 1, 1), ('{"point_2d": [150, 30]}', 0, 1),
-                                        ("[20, 11, 98, 56]", 0, 0), ("there", 0, 0), ("no objects", 0, 0)):
+    example = read(tmp_path, rows[0])[0]
+    assert truth_of(example) == "[0, 0, 78, 45]"
+    for answer, accuracy, formatted in (('{"point_2d": [50, 30]}', 1, 1), ("[0, 0, 78, 45]", 0, 0),
+                                        ('{"point_2d": [150, 30]}', 0, 1), ("no objects", 0, 0)):
         text = f"<think>I look.</think><answer>{answer}</answer>"
-        assert (accuracy_reward(text, example), format_reward(text, example)) == (accuracy, formatted), answer
+        assert accuracy_reward(text, example) == accuracy, answer
+        assert format_reward(text, example) == formatted, answer
+    with pytest.raises(KeyError):
+        accuracy_reward(text, replace(example, task="pointing"))
 
 
-def test_its_binary_and_choice_forms_hold_points_alone(rows, tmp_path):
-    example = load_examples(write_jsonl(tmp_path / "open.jsonl", rows))[0]
-    said = set()
-    for seed in range(40):
-        binary, choice = derive(example, "binary", seed=seed), derive(example, "choice", seed=seed)
-        point = re.search(r'Is the answer (\{.*\})\?$', binary.problem)[1]
-        said.add(truth_of(binary))
-        assert (truth_of(binary) == "yes") == bool(point_accuracy(point, truth_of(example)))
-        options = dict(line.split(". ", 1) for line in choice.problem.splitlines()[-4:])
-        inside = [letter for letter, text in options.items() if point_accuracy(text, truth_of(example))]
-        assert list(options) == list("ABCD") and inside == [truth_of(choice)] and all(map(parse_point, options.values()))
-    assert said == {"yes", "no"}
+@pytest.mark.parametrize("alone", [True, False])
+def test_its_questions_hold_points_within_their_own_image(rows, tmp_path, alone):
+    """On images of mixed sizes, whether a row's wrong points are invented or lent by other rows."""
+    examples, said = read(tmp_path, *rows), Counter()
+    for form in ("binary", "choice"):
+        derived = [derive(e, form) for e in examples] if alone else derive_all(examples, form)
+        assert len(derived) == len(examples)
+        for question, example in zip(derived, examples):
+            points = list(map(parse_point, re.findall(r'\{"point_2d.*?\}', question.problem)))
+            assert all(x <= example.size[0] and y <= example.size[1] for x, y in points)
+            inside = {"ABCD"[n] for n, point in enumerate(points)
+                      if point_accuracy(spell_point(*point), truth_of(example))}
+            if form == "binary":
+                assert len(points) == 1 and truth_of(question) == ("yes" if inside else "no")
+            else:
+                assert len(set(points)) == 4 and inside == parse_letters(truth_of(question))
+            said[truth_of(question)] += 1
+    assert set(said) == {"yes", "no", *"ABCD"}
 
 
 def test_it_trains_through_the_curriculum(rows, tmp_path):
-    """Binary and choice are derived; an sft stage teaches a point, which is what the scorer reads, not the box."""
-    write_jsonl(tmp_path / "train" / "open.jsonl", rows)
-    model = tiny_checkpoint(tmp_path / "model")
-    currreft.main(["--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--stages", "binary:1",
-                   "choice:1", "open:1", "sft:1", "--prompts_per_step", "2", "--num_generations", "2", "--sft_batch",
-                   "2", "--max_completion_length", "4", "--threads", "1"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    """Binary and choice are derived; an sft stage teaches a point, as the scorer reads it."""
+    write_jsonl(tmp_path / "train" / "open.jsonl", rows[:4])
+    flags = {"model": tiny_checkpoint(tmp_path / "model"), "data": tmp_path, "out": tmp_path / "r",
+             "prompts_per_step": 2, "num_generations": 2, "sft_batch": 2,
+             "max_completion_length": 4}
+    currreft.main([*(f"--{name}={value}" for name, value in flags.items()),
+                   "--stages", "binary:1", "choice:1", "open:1", "sft:1"])
+    lines = list(map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()))
     assert [line["stage"] for line in lines] == ["binary", "choice", "open", "sft"]
     assert all("reward/accuracy/point" in line for line in lines[:3])
-
-
-def test_an_unknown_task_falls_through_to_no_other(rows, tmp_path):
-    with pytest.raises(UserError, match="'pointing', not one of detection, classify, math, general, point"):
-        load_examples(write_jsonl(tmp_path / "open.jsonl", [rows[0] | {"task": "pointing"}]))
-    example = load_examples(write_jsonl(tmp_path / "open.jsonl", rows))[0]
-    unknown = type("Other", (), {"form": "open", "task": "pointing", "solution": "1"})
-    with pytest.raises(KeyError):
-        accuracy_reward("<think>a</think><answer>1</answer>", unknown)
-    assert example.task == "point"

@@ -7,40 +7,30 @@ import shutil
 
 import pytest
 import torch
+from runs import refused
 from safetensors.torch import load_file, save_file
 
 import currreft
 import sample
-from support.flags import BOUNDS, check_values, parse
-from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.flags import check_values, parse
+from support.tiny import tiny_image, write_jsonl
 from support.words import UserError
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    return tiny_checkpoint(path / "model"), tiny_data(path / "data")
-
-
-def refused(capsys, program, *arguments):
-    """What the program says when it refuses its arguments."""
-    with pytest.raises(SystemExit) as stop:
-        program(list(map(str, arguments)))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in said and 0 < len(said) < 6000, said
-    return said
+def run_refused(capsys, *arguments):
+    return refused(capsys, arguments)
 
 
 # ---- Flags ----
 
 FLAGS = [
     "--lr=inf", "--lr=nan", "--lr=0", "--lr=-1", "--lr=fast", "--sft_lr=inf", "--temperature=inf", "--temperature=1e-300",
-    "--temperature=nan", "--temperature=0", "--beta=inf", "--beta=-1", "--weight_decay=inf", "--epsilon=1", "--epsilon=nan",
-    "--max_grad_norm=0", "--max_grad_norm=nan", "--timeout_minutes=inf", "--timeout_minutes=1e30", "--timeout_minutes=1e-9",
+    "--temperature=nan", "--temperature=0", "--beta=inf", "--beta=-1", "--epsilon=1", "--epsilon=nan",
+    "--timeout_minutes=inf", "--timeout_minutes=1e30", "--timeout_minutes=1e-9",
     f"--max_pixels={10**40}", "--max_pixels=10", f"--num_generations={10**8}", "--num_generations=1",
     f"--prompts_per_step={10**9}", "--prompts_per_step=0", "--updates_per_rollout=0", "--max_completion_length=0",
-    "--partial_credit=nan", "--advance_at=1.5", "--reject_threshold=101", "--reject_samples=0", "--warmup_steps=-1",
-    "--save_every=0", "--keep=0", "--micro_batch=0", "--threads=-1", "--eval_limit=-1", "--seed=1e3",
+    "--partial_credit=nan", "--reject_threshold=101", "--reject_samples=0",
+    "--save_every=0", "--micro_batch=0", "--eval_limit=-1", "--seed=1e3",
     f"--seed={2**70}", "--reference=none", "--dtype=int8", "--lr_schedule=linear", "--report_to=paper", "--task=poetry",
     "--stages=open", "--stages=open:0", "--stages=open:1e3", "--stages=binary+sft:10", f"--stages=open:{10**10}",
     "--learning_rate=1", "--adv=1"]
@@ -48,22 +38,19 @@ FLAGS = [
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_a_flag(flag, capsys):
-    assert flag.split("=")[0] in refused(capsys, currreft.main, "--data", "nowhere", flag)
+    assert flag.split("=")[0] in run_refused(capsys, "--data", "nowhere", flag)
 
 
 @pytest.mark.parametrize("flags", [
     ["--temperature=-1"], ["--temperature=nan"], ["--temperature=inf"], ["--top_p=0"], ["--top_p=-1"], ["--top_p=5"],
     ["--top_p=nan"], ["--max_completion_length=0"], ["--max_pixels=1"]])
 def test_a_flag_of_sample(flags, capsys):
-    said = refused(capsys, sample.main, "answer", "--model", "x", "--question", "?", *flags)
+    said = refused(capsys, ["answer", "--model", "x", "--question", "?", *flags], program=sample.main)
     assert flags[0].split("=")[0] in said
 
 
-def test_every_number_of_the_settings_has_bounds_and_every_default_lies_in_them():
-    numbers = {name: value for name, value in vars(currreft.Config()).items()
-               if isinstance(value, int | float) and not isinstance(value, bool)}
-    assert numbers.keys() <= BOUNDS.keys()
-    assert all(BOUNDS[name][0] <= value <= BOUNDS[name][1] for name, value in numbers.items())
+def test_every_default_lies_within_its_bounds():
+    check_values(vars(currreft.Config()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +102,11 @@ def test_a_place(place, base, tmp_path, capsys):
     if place != "--out lies in a file":
         out.parent.mkdir()
     make(out)
-    assert words in refused(capsys, currreft.main, "--model", base[0], "--data", base[1], "--out", out)
+    assert words in run_refused(capsys, "--model", base[0], "--data", base[1], "--out", out)
 
 
 def test_resume_without_a_run(base, tmp_path, capsys):
-    said = refused(capsys, currreft.main, "--model", base[0], "--data", base[1], "--out", tmp_path / "run", "--resume")
+    said = run_refused(capsys, "--model", base[0], "--data", base[1], "--out", tmp_path / "run", "--resume")
     assert "holds no run to resume" in said and not (tmp_path / "run").exists()
 
 
@@ -158,7 +145,7 @@ def test_data(name, base, tmp_path, capsys):
     shutil.copytree(base[1], data := tmp_path / "data")
     spoil, words = DATA[name]
     spoil(data)
-    said = refused(capsys, currreft.main, "--model", base[0], "--data", data, "--out", tmp_path / "run",
+    said = run_refused(capsys, "--model", base[0], "--data", data, "--out", tmp_path / "run",
                    "--stages", "open:1", "reject:1", "--max_prompt_length", 600)
     assert words in said and not (tmp_path / "run").exists()
 
@@ -231,31 +218,27 @@ BASES = {  # name: (what is done to a base, words of the sentence)
     "no image place": (template("{% for m in messages %}{{ m['role'] }}{% endfor %}"), "chat template"),
     "a template without the question": (
         template("{% for m in messages %}<|vision_start|><|image_pad|><|vision_end|>{% endfor %}x"), "chat template"),
-    "a template that never ends": (
-        template("{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"), "takes more than"),
-    "a template of 2 GB": (template("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"), ""),
     "a template with a mistake": (template("{% for %}"), ""),
     "tags are special": (special, "special tokens"),
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name == "a template that never ends" else []) for name in BASES])
+@pytest.mark.parametrize("name", BASES)
 def test_a_base(name, base, tmp_path, capsys):
     shutil.copytree(base[0], model := tmp_path / "model")
     spoil, words = BASES[name]
     spoil(model)
-    said = refused(capsys, currreft.main, "--model", model, "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1")
+    said = run_refused(capsys, "--model", model, "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1")
     assert words in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "", "."])
 def test_no_base(name, base, tmp_path, capsys):
-    refused(capsys, currreft.main, "--model", name, "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1")
+    run_refused(capsys, "--model", name, "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1")
     assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_fit_ends_before_it_is_tried(base, tmp_path, capsys):
-    said = refused(capsys, currreft.main, "--model", base[0], "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1",
+    said = run_refused(capsys, "--model", base[0], "--data", base[1], "--out", tmp_path / "run", "--stages", "open:1",
                    "--num_generations", 4096, "--prompts_per_step", 65536, "--max_completion_length", 10**6, "--max_rows", 65536)
     assert "GiB" in said and not (tmp_path / "run").exists()

@@ -2,33 +2,32 @@
 
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import yaml
+from runs import SMALL, refused
 
 import currreft
 import support.card as card
-import tools.pictures as pictures
 from currreft import Config, main
 from support.report import Reporter
 from support.tables import wilson
-from support.tiny import tiny_checkpoint, tiny_data
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    return tiny_checkpoint(path / "my|`base`"), tiny_data(path / "data")
+def named(base, tmp_path_factory):
+    """(checkpoint with a name that means something to Markdown, data)."""
+    return shutil.copytree(base[0], tmp_path_factory.mktemp("base") / "my|`base`"), base[1]
 
 
 @pytest.fixture
-def flags(base):
-    return ["--model", str(base[0]), "--data", str(base[1]), "--prompts_per_step", "2", "--num_generations", "2",
-            "--threads", "1", "--max_completion_length", "8", "--sft_batch", "2", "--reject_samples", "2",
-            "--reject_threshold", "0", "--eval_limit", "3", "--stages", "binary:3", "reject:2"]
+def flags(named):
+    return ["--model", str(named[0]), "--data", str(named[1]), *SMALL, "--num_generations", "2",
+            "--max_completion_length", "8", "--eval_limit", "3", "--stages", "binary:3", "reject:2", "--lr", "1e-6"]
 
 
 def read_jsonl(path):
@@ -40,19 +39,6 @@ def table(text, heading):
     lines = text.split(f"## {heading}\n")[1].split("## ")[0].splitlines()
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")]
     return [[cell.strip() for cell in row] for row in rows]
-
-
-def stopped(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    return stop.value.code, capsys.readouterr().err
-
-
-def test_curves_of_a_run_without_rewards_are_drawn(flags, tmp_path, capsys):
-    main([*flags, "--out", str(tmp_path / "run"), "--stages", "sft:2"])
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in said[:2]] == [["sft", "1/2"], ["sft", "2/2"]], "a line a step, no terminal"
-    assert pictures.main(["curves", str(tmp_path / "run"), "--out", str(tmp_path / "curves.png")]) == 0
 
 
 # ---- The card ----
@@ -91,10 +77,10 @@ def test_a_run_that_dies_before_its_card_writes_it_on_resume_and_keeps_the_other
         if path.name == "README.md":
             raise OSError(28, "No space left on device")
         original(path, text)
-    original = currreft.write_aside
-    monkeypatch.setattr(currreft, "write_aside", full)
-    code, said = stopped(capsys, run)
-    assert code == 1 and "No space left" in said and not (stages / "1-binary" / "README.md").exists()
+    original = card.write_aside
+    monkeypatch.setattr(card, "write_aside", full)
+    said = refused(capsys, run, 1)
+    assert "No space left" in said and not (stages / "1-binary" / "README.md").exists()
     monkeypatch.undo()
     main([*run, "--resume"])
     first = (stages / "1-binary" / "README.md").read_text()
@@ -249,8 +235,8 @@ def test_a_missing_tracker_is_a_sentence_before_a_model_loads(flags, tmp_path, m
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(currreft, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
-    code, said = stopped(capsys, [*flags, "--out", str(tmp_path / "run"), "--report_to", kind])
-    assert code == 2 and f"--report_to {kind}" in said and f"pip install {kind}" in said and "Traceback" not in said
+    said = refused(capsys, [*flags, "--out", str(tmp_path / "run"), "--report_to", kind], 2)
+    assert f"--report_to {kind}" in said and f"pip install {kind}" in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 
@@ -259,8 +245,8 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_training(flags, tmp_pat
     wandb.init = lambda **_: (_ for _ in ()).throw(RuntimeError("no api key"))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run = [*flags, "--out", str(tmp_path / "run")]
-    code, said = stopped(capsys, [*run, "--report_to", "wandb"])
-    assert code == 2 and "no api key" in said and "--resume" in said
+    said = refused(capsys, [*run, "--report_to", "wandb"], 2)
+    assert "no api key" in said and "--resume" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     main([*run, "--resume"])
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 5
@@ -273,5 +259,5 @@ def test_without_the_flag_no_tracker_is_imported(flags, tmp_path, monkeypatch, c
     reporter.start(tmp_path, {}, 0)
     reporter({"step": 1})
     assert not list(tmp_path.iterdir())
-    code, said = stopped(capsys, [*flags, "--report_to", "mlflow"])
-    assert code == 2 and "--report_to must be tensorboard or wandb" in said
+    said = refused(capsys, [*flags, "--report_to", "mlflow"], 2)
+    assert "--report_to must be tensorboard or wandb" in said

@@ -15,14 +15,7 @@ from sample import fluency, quality_parts, quality_score
 from support import answers
 from support import numbers as numerals
 from support.answers import (
-    extract_answer,
-    iou,
-    matched_iou,
-    parse_boxes,
-    parse_labels,
-    parse_letters,
-    parse_verdict,
-)
+    extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict)
 from support.numbers import parse_number
 
 

@@ -7,20 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from runs import refused
 
 import sample
 from data import load_examples
 from engine import Completion, load_policy
 from rewards import Example, is_correct
 from sample import (
-    evaluate,
-    kept_examples,
-    main,
-    pass_at_k,
-    question_keys,
-    rejection_sample,
-    summarize,
-)
+    Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize)
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
 from support.words import RunError, UserError
@@ -88,25 +82,17 @@ def test_evaluation_really_generates_and_is_repeatable(world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The judge
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Rejection sampling
 
 
-class Scripted(Judge):
+class Scripted(Rules):
     """A judge that scores by the answer's text."""
 
     def __init__(self, table):
-        super().__init__()
         self.table = table
 
     def __call__(self, completion, example):
         return self.table.get(completion, 0.0)
-
-    def probe(self):
-        pass
 
 
 def test_the_best_answer_above_the_threshold_is_kept(world, scripted, tmp_path):
@@ -233,9 +219,6 @@ def test_evaluate_takes_the_form_from_the_files_name(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["evaluate", "--model", "nowhere-at-all/x/y", "--data", "nothing.jsonl"], "nowhere"),
-    (["compare", "no-run"], "no-run"), (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
-def test_mistakes_are_sentences(argv, words, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and words in said and "Traceback" not in said
+    (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
+def test_mistakes_are_sentences(argv, words, capsys):
+    assert words in refused(capsys, argv, program=main)

@@ -1,0 +1,116 @@
+"""A learner that sees no image: can yes/no and option questions be answered without looking?
+
+It is told of each candidate what can be known blind: place, size and shape of a box; value and
+roundness of a number; its rank in each among the options; letter, length, capital; how often the
+text was right elsewhere. It is fitted on half of the images and tested on the other half. What it
+gets right above chance, a policy can learn without looking: no help with open questions.
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from support.answers import parse_boxes, parse_letters, parse_verdict, truth_of
+from support.numbers import parse_number
+from support.warnings import family
+
+WARN = 0.10  # above chance
+GIVEN_AWAY = ". WARNING: the questions give their answers away: learning them need not be seeing"
+MOST = 4000  # questions of a task and form that are looked at
+ASKED = re.compile(r"Is there an? (.+)\?$|Is the answer (.+)\?$|Is (.+) the right box\?$")
+OPTION = re.compile(r"^([A-D])\. (.*)$", re.MULTILINE)
+
+
+def candidates(example):
+    """[(text, whether it is right), ..] of a yes/no or option question; [] where none is found."""
+    truth = truth_of(example)
+    if example.form == "binary":
+        found = ASKED.search(example.problem.strip())
+        return [(next(filter(None, found.groups())), bool(parse_verdict(truth)))] if found else []
+    options, right = OPTION.findall(example.problem), parse_letters(truth) or set()
+    return [(text, letter in right) for letter, text in options] if len(options) > 1 else []
+
+
+def known(text, size):
+    """Numbers that describe a candidate on its own: [value, ..], of fixed length."""
+    boxes, number, of_box = parse_boxes(text) or [], parse_number(text), [0.0] * 14
+    if len(boxes) == 1 and size:
+        x1, y1, x2, y2 = (v / size[n % 2] for n, v in enumerate(boxes[0]))
+        x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, 1e-3), max(y2 - y1, 1e-3)
+        of_box = [x, y, x * x, y * y, w, h, w * h, math.log(w * h), math.log(w / h),
+                  math.hypot(x - 0.5, y - 0.5), x1 < 0.01, y1 < 0.01, x2 > 0.99, y2 > 0.99]
+    value = float(number.value) if number else 0.0
+    return [*of_box, math.copysign(math.log1p(abs(value)), value), value == 0, value % 5 == 0,
+            value % 10 == 0, value % 1 == 0, len(text), text[:1].isupper(), text.count(".")]
+
+
+def described(examples, train):
+    """Features (n, F), right (n,) and question (n,) of all candidates; `train` questions tell how
+    often a text was right, where it was shown there ten times."""
+    told = Counter((text.lower(), right) for example, use in zip(examples, train) if use
+                   for text, right in candidates(example))
+    rows, rights, owner = [], [], []
+    for number, example in enumerate(examples):
+        texts, right = zip(*candidates(example))
+        own = np.array([known(text, example.size) for text in texts], float)
+        order = own.argsort(0, kind="stable").argsort(0) / max(1, len(own) - 1)
+        among = np.concatenate([order, order == 0, order == 1, abs(order - 0.5) < 0.34], 1)
+        seen = np.array([[told[text.lower(), r] for r in (True, False)] for text in texts])
+        seen = seen * (seen.sum(1, keepdims=True) >= 10)
+        share = (seen[:, :1] + 1) / (seen.sum(1, keepdims=True) + 2)
+        rows.append(np.concatenate([own, among * (len(own) > 1), np.eye(len(own), 4),
+                                    np.log1p(seen), share], 1))
+        rights += right
+        owner += [number] * len(own)
+    return np.concatenate(rows), np.array(rights), np.array(owner)
+
+
+def fit(x, right, steps=300, rate=0.5, decay=1e-3):
+    """Weights of a logistic regression."""
+    weights = np.zeros(x.shape[1])
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+        weights -= rate * (x.T @ (p - right) / len(right) + decay * weights)
+    return weights
+
+
+def blind_accuracy(examples, seed=0):
+    """(share right, chance, number of test questions); None for too few questions."""
+    examples = [example for example in examples if candidates(example)][:MOST]
+    several = any(sum(right for _, right in candidates(example)) > 1 for example in examples)
+    if several:
+        examples = [example for example in examples if len(candidates(example)) == 4]
+    if len(examples) < 60:
+        return None
+    tested = np.array([is_test(example, seed) for example in examples])
+    x, right, owner = described(examples, ~tested)
+    test = tested[owner]
+    x = (x - x[~test].mean(0)) / (x[~test].std(0) + 1e-6)
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    scores, right, owner = x[test] @ fit(x[~test], right[~test]), right[test], owner[test]
+    if several or len(set(owner)) == len(owner):  # each candidate is a yes/no question of its own
+        constant = max(right.mean(), 1 - right.mean())
+        return float(((scores > 0) == right).mean()), float(constant), len(right)
+    hits = [right[owner == n][scores[owner == n].argmax()] for n in np.unique(owner)]
+    return float(np.mean(hits)), 0.25, len(hits)
+
+
+def is_test(example, seed):
+    """Whether a question is a test question, by its image: versions of one photo stay together."""
+    name = Path(family(example.images[0])).name if example.images else example.where
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()[0] % 2 == 0
+
+
+def blind_report(examples):
+    """A sentence for each task and form: accuracy beside chance, a warning where it is high."""
+    said = []
+    for form, task in dict.fromkeys((e.form, e.task) for e in examples):
+        if found := blind_accuracy([e for e in examples if (e.form, e.task) == (form, task)]):
+            share, chance, n = found
+            said.append(f"{form} {task}: without looking {share:.0%} right, by chance {chance:.0%} "
+                        f"({n} questions){GIVEN_AWAY * (share > chance + WARN)}")
+    return said

@@ -1,0 +1,308 @@
+"""Rows and files as people have them: read as they are meant, or refused; never misread."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+import currreft
+from data import Processor, load_data, load_examples, taught
+from rewards import TASKS, accuracy_reward
+from support.answers import parse_labels, truth_of
+from support.rows import declared_tasks, find_files, read_rows
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.warnings import text_only_truths
+from support.words import UserError
+
+BOXES = '[{"bbox_2d": [21, 14, 42, 28]}]'
+ASK, SAY = "How many boxes are there?", "1"
+PLUS = {"problem": "1 + 1?", "solution": "2", "task": "math"}
+
+
+def turn(role, content, keys=("role", "content")):
+    return dict(zip(keys, (role, content)))
+
+
+def llava(question, answer, **more):
+    names = ("from", "value")
+    return {"conversations": [turn("human", question, names), turn("gpt", answer, names)], **more}
+
+
+def chat(*texts):
+    return {"messages": [turn(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]}
+
+
+# Each shape: its row, and (task, truth, number of images) as it must be read under --task math.
+IMAGE_PART, TEXT_PART = {"type": "image"}, {"type": "text", "text": ASK}
+URL_PART = {"type": "image_url", "image_url": {"url": "file:///elsewhere/a.png"}}
+MATH = ("math", SAY, 1)
+SHAPES = {
+    "problem": ({"problem": ASK, "solution": "<answer>1</answer>", "image": "a.png"}, MATH),
+    "EasyR1": ({"problem": f"<image>{ASK}", "answer": SAY, "images": ["a.png"]}, MATH),
+    "R1-V": ({"image_path": "a.png", "question": ASK, "ground_truth": 1}, MATH),
+    "query and response": ({"query": ASK, "response": SAY, "img": "a.png"}, MATH),
+    "TRL": ({"prompt": [turn("user", [IMAGE_PART, TEXT_PART])], "image": "a.png", "solution": SAY},
+            MATH),
+    "TRL, plain": ({"prompt": ASK, "images": ["a.png"], "solution": SAY}, MATH),
+    "TRL, completion": ({"prompt": [turn("user", ASK)], "completion": [turn("assistant", SAY)],
+                         "images": ["a.png"]}, MATH),
+    "ms-swift": ({"messages": [turn("system", "Be brief."), turn("user", f"<image>{ASK}")],
+                  "images": ["a.png"], "solution": SAY}, MATH),
+    "OpenAI": (chat([URL_PART, TEXT_PART], SAY), MATH),
+    "LLaMA-Factory": (chat(f"<image>{ASK}", SAY) | {"images": ["a.png"], "task": "general"},
+                      ("general", SAY, 1)),
+    "LLaVA": (llava(f"<image>\n{ASK}", SAY, id="7", image="a.png"), MATH),
+    "LLaVA, text": (llava("What is 1 + 1?", "2", id="8"), ("math", "2", 0)),
+    "Qwen2.5-VL": (llava(f"<image>\n<image>\n{ASK}", SAY, image=["a.png", "b.png"]),
+                   ("math", SAY, 2)),
+    "InternVL": (llava(f"<image>\n{ASK}", SAY, id=0, image="a.png", width=84, height=56), MATH),
+    "Geo170K": (llava("<image>\nChoices:\nA:30\nB:45\nWhich is it?",
+                      "As 2 x = 90, x = 45.\nAnswer:B", image="a.png"), ("math", "B", 1)),
+    "MathV360K": (llava(f"<image>Question: {ASK}", "The answer is 1", image="a.png", id="x"), MATH),
+    "GSM8K": ({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+              ("math", "7", 0)),
+    "VLM-R1": (llava(f"<image>{ASK}", SAY, image="a.png", task="math"), MATH),
+    "VLM-R1, boxes": ({"image": "a.png", "problem": "Where is the box?", "task": "detection",
+                       "normal_caption": "the box", "solution": [21, 14, 42, 28],
+                       "normalized_solution": [250, 250, 500, 500]},
+                      ("detection", "[21, 14, 42, 28]", 1)),
+    "labeled boxes": ({"img_path": "a.png", "problem": "Where is the box?", "task": "detection",
+                       "solution": [{"bbox_2d": [21, 14, 42, 28], "label": "box"}]},
+                      ("detection", None, 1)),
+    "file_name": ({"file_name": "a.png", "question": ASK, "answer": SAY}, MATH),
+    "filename": ({"filename": "a.png", "question": ASK, "answer": SAY}, MATH),
+    "path": ({"path": "a.png", "question": ASK, "answer": SAY}, MATH),
+    "labels": ({"image": "a.png", "problem": "What is there?", "solution": ["café", "犬"],
+                "task": "classify"}, ("classify", '["café", "犬"]', 1)),
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    tiny_image(tmp_path / "a.png")
+    tiny_image(tmp_path / "b.png", (112, 112))
+    return tmp_path
+
+
+def load(folder, *rows, **options):
+    return load_examples(write_jsonl(folder / "rows.jsonl", rows), **options)
+
+
+# ---- Shapes ----
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return Processor.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("base")))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_shape_is_read_prompted_and_paid_as_it_is(root, processor, shape):
+    row, (task, truth, images) = SHAPES[shape]
+    (example,) = load(root, row, task="math")
+    assert (example.task, example.form, len(example.images)) == (task, "open", images)
+    assert truth in (None, truth_of(example))
+    assert ("<image>" in example.problem) == bool(example.history)
+    if "Geo" in shape:
+        assert example.solution.startswith("<think>As 2 x = 90, x = 45.</think>"), "kept for SFT"
+    grid = processor(example).image_grid_thw
+    assert (0 if grid is None else len(grid)) == images
+    assert accuracy_reward(taught(example), example) == 1.0
+
+
+def test_files_are_lists_objects_and_lines(root):
+    row = {"problem": ASK, "solution": SAY}
+    for text, lines in ((json.dumps([row, row]), [1, 2]), (json.dumps(row, indent=1), [1]),
+                        (json.dumps(row, indent=1) + "\n\n" + json.dumps(row, indent=1), [1, 6]),
+                        (json.dumps({"7": row, "9": row}, indent=1), [1, 2]),
+                        (json.dumps({"version": 1, "data": [row]}), [1]),
+                        (f"{json.dumps(row)}\r{json.dumps(row)}\r\n", [1, 2])):
+        (root / "rows.json").write_text(text)
+        examples = load_examples(root / "rows.json", task="math")
+        assert [int(e.where.rpartition(":")[2]) for e in examples] == lines
+        assert {e.problem for e in examples} == {ASK}
+    (root / "rows.json").write_text(json.dumps(row) * 2)
+    with pytest.raises(UserError, match="rows.json:1: broken JSON"):
+        load_examples(root / "rows.json", task="math")
+
+
+# ---- Tasks and forms of files ----
+
+def settings(root, *flags):
+    return currreft.parse_args(["--data", str(root), "--stages", "open:1", *flags])
+
+
+def test_each_file_of_the_released_test_folder_has_its_task(root):
+    """No task in any row: superCLEVR's counts and RefGTA's boxes; one --task was all there was."""
+    test = root / "grpo_data" / "test"
+    write_jsonl(root / "grpo_data" / "train" / "open.jsonl", [PLUS])
+    write_jsonl(test / "superclever" / "superclevr_test200_counting_problems.jsonl",
+                [{"image": "/mnt/authors/images/a.png", "problem": ASK, "solution": 1}])
+    write_jsonl(test / "Refgta" / "refgta_subsample_resize.json", [json.dumps(
+        [{"image": "a.png", "problem": "Where?", "solution": [1, 2, 30, 40]}])])
+    with pytest.raises(UserError, match="--task names it"):
+        load_data(settings(root))
+    tests = load_data(settings(root, "--task", "superCLEVR=math", "RefGTA=detection"))[1]
+    assert Counter(e.task for e in tests) == {"math": 1, "detection": 1}
+    with pytest.raises(UserError, match="no file or folder of the data begins with 'superclvr'"):
+        load_data(settings(root, "--task", "superCLVR=math"))
+
+
+@pytest.mark.parametrize("text", ["maths", "math math", "a=math a=detection", "a=", "=", "a math"])
+def test_nonsense_in_task_is_a_sentence(text):
+    with pytest.raises(UserError, match="--task"):
+        declared_tasks(text, TASKS)
+
+
+def test_a_chat_of_the_reject_stage_stays_general_under_task(root):
+    tiny_data(root)
+    questions = load_data(settings(root, "--stages", "reject:1", "--task", "math"))[2]
+    assert {e.task for e in questions} == {"general"}
+    assert [load(root, chat(ASK, SAY), task=task)[0].task for task in (
+        None, "math", "rows=math", "other=math")] == ["general", "math", "math", "general"]
+
+
+def test_a_rows_own_form_wins_over_its_files_name_in_a_data_directory(root):
+    write_jsonl(root / "train" / "open.jsonl", [PLUS])
+    row = {"problem": "Is it?", "solution": "yes", "task": "math", "form": "binary"}
+    write_jsonl(root / "test" / "yesno.jsonl", [row])
+    assert [e.form for e in load_data(settings(root))[1]] == ["binary"]
+
+
+# ---- Nothing misread in silence ----
+
+MISREAD = {
+    "video": ({"video": "a.mp4"}, '"video" seems to name'),
+    "videos": ({"videos": ["a.mp4"]}, '"videos" seems to name'),
+    "another key": ({"Image": "a.png"}, '"Image" seems to name'),
+    "second image": ({"image": "a.png", "image_2": "b.png"}, '"image_2" seems to name'),
+    "picture under a strange key": ({"source": "a.png"}, '"source" seems to name'),
+    "two images for one": ({"image": "a.png", "img_path": "b.png"}, "name different images"),
+    "null image": ({"image": None, "problem": "What is in the picture?"}, "speaks of an image"),
+    "empty image": ({"image": "", "problem": "<image>What?"}, "speaks of an image"),
+    "bytes": ({"image": {"bytes": "iVBO", "path": None}}, "are not read"),
+    "base64": ({"image": "data:image/png;base64," + "iVBO" * 1200}, "are not read"),
+    "place of a video": ({"problem": "<video>What?"}, "<video>"),
+    "place of a box": ({"problem": "Find <ref-object>", "solution": "<bbox>"}, "<ref-object>"),
+    "place in an answer": ({"solution": "<bbox>"}, "<bbox>"),
+    "relative path elsewhere": ({"image": "train/a.png"}, "no image train/a.png"),
+    "address": ({"image": "https://host/a.png"}, "no image https://host/a.png"),
+    "home": ({"image": "~/a.png"}, "no image ~/a.png"),
+    "boxes as math": ({"image": "a.png", "solution": [1, 2, 30, 40]}, "is a box"),
+    "texts as math": ({"solution": ["two", "2"]}, "is a list"),
+    "prose as math": ({"solution": "We see that the sum of all the angles here is the one before, "
+                       "so it must be 3"}, "is prose"),
+    "two truths": ({"answer": "4"}, "two truths"),
+    "a video part": ({"messages": [turn("user", [{"type": "video", "video": "a"}])]}, "'video'"),
+    "a tool": ({"messages": [turn("tool", "x"), turn("user", "y")]}, "must be a list"),
+    "no question": ({"problem": None}, '"problem"'),
+    "task of numbers": ({"task": ["math"]}, "no name"),
+    "shares": ({"image": "a.png", "task": "detection", "solution": [[0.1, 0.2, 0.5, 0.6]]},
+               "shares of the image"),
+    "shares in a question": ({"image": "a.png", "problem": 'In {"bbox_2d": [0.1, 0.2, 0.5, 0.6]}?'},
+                             "shares of the"),
+    "boxes in two images": ({"images": ["a.png", "b.png"], "task": "detection", "solution": BOXES},
+                            "2 images"),
+    "marked box of two images": ({"images": ["a.png", "b.png"], "problem": f"What is in {BOXES}?"},
+                                 "2 images"),
+    "65 boxes": ({"image": "a.png", "task": "detection", "solution": [
+        [n, 1, n + 9, 9] for n in range(65)]}, "64 tim"),
+    "a long answer": ({"image": "a.png", "task": "detection", "solution": [
+        {"bbox_2d": [n, 1, n + 9, 9], "label": "x" * 60} for n in range(60)]}, "does not score 1"),
+    "a long label list": ({"task": "classify", "solution": ", ".join(map(str, range(1200)))},
+                          "does not score 1"),
+    "an endless text": ({"problem": "x" * 300_000}, "300,001 characters"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_would_be_misread_is_a_sentence_with_file_and_line(root, case):
+    fields, words = MISREAD[case]
+    row = {"problem": "How many?", "solution": "3", "task": "math"} | fields
+    with pytest.raises(UserError) as error:
+        load(root, {key: row[key] for key in row if "messages" not in fields or key == "messages"})
+    assert f"{root / 'rows.jsonl'}:1: " in str(error.value) and words in str(error.value)
+
+
+def test_a_row_without_an_image_may_say_so_and_truths_keep_their_characters(root):
+    assert load(root, PLUS | {"image": None, "images": []})[0].images == ()
+    (example,) = load(root, {"problem": "What?", "solution": ["café", "犬"], "task": "classify"})
+    assert parse_labels(truth_of(example)) == ["café", "犬"]
+
+
+def test_marked_boxes_of_any_task_are_converted_and_others_counted(root, capsys):
+    tiny_image(root / "large.png", (1280, 960))
+    box = {"form": "binary", "image": "large.png", "task": "math", "solution": "yes"}
+    marked, loose = load(root, box | {"problem": 'Is it in {"bbox_2d": [128, 96, 640, 480]}?'},
+                         box | {"problem": "Is it in [128, 96, 640, 480]?"})
+    assert marked.size == (728, 532) and '{"bbox_2d": [73, 53, 364, 266]}' in marked.problem
+    assert "[128, 96, 640, 480]" in loose.problem
+    assert "1 questions of tasks without boxes" in capsys.readouterr().err
+    earlier = chat('Look at {"bbox_2d": [128, 96, 640, 480]}.', "Yes.", "How many?", "2")
+    (example,) = load(root, earlier | {"images": ["large.png"]})
+    assert "[73, 53, 364, 266]" in example.history[0][1]
+
+
+def where(boxes):
+    return [{"problem": f"Where {n}?", "solution": box, "task": "detection", "image": "large.png"}
+            for n, box in enumerate(boxes)]
+
+
+@pytest.mark.parametrize("boxes, words", [
+    ([[200, 300, 900, 950], [10, 20, 700, 800], [100, 5, 400, 950]], "thousandths"),
+    ([[100, 50, 80, 40], [200, 100, 90, 60], [10, 10, 300, 200]], "[x, y, width, height]")])
+def test_a_files_convention_is_named_and_never_skipped(root, boxes, words):
+    """Rows that happen to fit are other boxes: --skip_bad_rows would keep just these."""
+    tiny_image(root / "large.png", (640, 480))
+    for options in ({}, {"skip_bad_rows": True}):
+        with pytest.raises(UserError) as error:
+            load(root, *where(boxes), **options)
+        assert words in str(error.value) and "tools.convert rows" in str(error.value)
+    strange = where([[1, 2, 90, 80]] * 40 + boxes[:1])
+    assert len(load(root, *strange, skip_bad_rows=True)) == 40, "one in forty is a mistake"
+
+
+def test_thousandths_that_no_box_contradicts_are_said(root, capsys):
+    tiny_image(root / "large.png", (3000, 2000))
+    load(root, *where([n, n, 900 + n, 990] for n in range(20)))
+    assert "no box passes 1000" in capsys.readouterr().err
+
+
+def test_doubled_rows_other_machines_and_test_rows_in_training_are_said(root, capsys):
+    photo = "photo_jpg.rf.1a.png"
+    rows = [{"problem": f"{n} + 1?", "solution": str(n + 1), "task": "math", "image": name}
+            for n, name in enumerate((photo, "/mnt/data/a.png", "C:\\data\\b.png"))]
+    for name in (photo, "photo_jpg.rf.2b.png", "c.png"):
+        tiny_image(root / name)
+    rows += [rows[0], rows[0] | {"image": str(root / "c.png")}]
+    write_jsonl(root / "train" / "open.jsonl", rows)
+    write_jsonl(root / "test" / "id.jsonl", [
+        rows[1], rows[0] | {"image": "photo_jpg.rf.2b.png"}, rows[2] | {"image": "a.png"}])
+    load_data(settings(root))
+    said = capsys.readouterr().err
+    for words in ("1 of 5 rows are there more than once", "2 images are named by paths of another",
+                  "test id: 1 of 3 rows are training rows",
+                  "test id: 2 of 2 images, or versions of them, are training images"):
+        assert words in said
+
+
+def test_truths_that_count_only_as_they_are_written_are_listed():
+    truths = ["20", "B", "(1, 2)", "isosceles", "10 apples or 12", "x^2 + 1", r"x \in A"]
+    assert text_only_truths(truths) == ["10 apples or 12", "x^2 + 1", r"x \in A"]
+
+
+def test_odd_files_are_a_sentence(root, monkeypatch):
+    os.mkfifo(root / "pipe.jsonl")
+    (root / "line.jsonl").write_text('{"problem": "' + "x" * 5_000_000 + '", "solution": 1}')
+    (root / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9"}')
+    (root / "coco.json").write_text(json.dumps({"images": [], "annotations": []}))
+    for name, words in (("pipe.jsonl", "no regular file"), ("line.jsonl", "5,000,001 characters"),
+                        ("none.jsonl", "No such file"), ("latin.jsonl", "UTF-8"),
+                        ("coco.json", "tools.convert")):
+        with pytest.raises(UserError, match=words):
+            load_examples(root / name, task="math")
+    with pytest.raises(UserError, match="no regular file"):
+        read_rows("/dev/zero")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root nothing is forbidden
+    with pytest.raises(UserError, match="no folder that can be read"):
+        find_files(root)

@@ -1,0 +1,118 @@
+"""What a run says: one safe way to the terminal, why nothing is learned, what a fork's reward does wrong."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+from runs import arguments, begun, letters, refused
+
+import currreft
+from currreft import main
+from rewards import Example, accuracy_reward, safe_reward
+from support.tiny import write_jsonl
+from support.warnings import Watch
+from support.words import RunError, UserError, command, one_line, say, terminal
+
+TRAIN = "grpo_data/train/judge.jsonl"
+
+
+def test_one_way_to_the_terminal_makes_everything_safe(capsys):
+    with terminal():
+        print("a\x1b[2J\x07b\x9b31m‮c\td")
+        say("\x1b]0;title\x07 said")
+        sys.stderr.write("\r 50 %")
+    out, err = capsys.readouterr()
+    assert out == "a?[2J?b?31m?c\td\n" and err == "?]0;title? said\n\r 50 %"
+    assert one_line("a\nb\x1b") == "a b "
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_closed_pipe_or_no_stream_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    monkeypatch.setattr(sys, "stderr", None)
+    with terminal():
+        print("x" * 9)
+        print("y", file=sys.stderr)
+        say("z")
+        print("again", flush=True)
+
+
+@pytest.mark.parametrize("error, code", [
+    (None, 0), (UserError("no such row"), 2), (RunError("disk gone"), 1), (FileNotFoundError(2, "No", "a.json"), 2),
+    (KeyboardInterrupt(), 130)])
+def test_a_command_ends_with_a_sentence_and_a_code(error, code, capsys):
+    @command
+    def main(argv):
+        if error:
+            raise error
+    assert main([]) == code
+    assert bool(capsys.readouterr().err) == (code in (1, 2))
+
+
+def test_hostile_rows_reach_the_terminal_as_marks(base, learnable, tmp_path, capsys):
+    shutil.copytree(base[1], data := tmp_path / "data")
+    rows = [json.loads(line) for line in (data / TRAIN).read_text().splitlines()]
+    write_jsonl(data / TRAIN, [row | {"problem": row["problem"] + "\x1b[31m"} for row in rows])
+    main(arguments((base[0], data), tmp_path / "run", "--stages", "binary:1"))
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "binary" in out
+
+
+# ---- Forks ----
+
+@pytest.mark.parametrize("reward, words", [
+    (lambda *_, **__: None, "raises TypeError"), (lambda *_, **__: "good", "raises ValueError"),
+    (lambda *_, **__: float("nan"), "gives nan"), (lambda *_, **__: sys.exit(0), "raises SystemExit")])
+def test_a_reward_of_a_fork_that_fails_names_question_and_answer(reward, words, base, tmp_path, monkeypatch, capsys):
+    calls = iter(range(999))
+
+    def later(*args, **settings):
+        return letters(*args) if next(calls) < 9 else reward(*args, **settings)     # in the second step
+    monkeypatch.setattr(currreft, "accuracy_reward", later)
+    run = arguments(base, tmp_path / "run", "--stages", "binary:4", "--save_every", "1", "--eval_limit", "1")
+    said = refused(capsys, run, 1)
+    assert f"later {words}" in said and "for the question" in said and "judge.jsonl:" in said and "--resume" in said
+    assert (tmp_path / "run" / "checkpoints" / "0000001").exists(), "what was done is kept"
+
+
+def test_every_reward_is_called_by_one_that_tells():
+    example = Example(problem="1 + 1?", solution="2", task="math", where="rows:7")
+    assert safe_reward(accuracy_reward, "<answer>2</answer>", example) == 1.0
+    with pytest.raises(RunError, match="rows:7"):
+        safe_reward(accuracy_reward, "<answer>2</answer>", Example(problem="?", solution="2", task="poetry", where="rows:7"))
+
+
+# ---- Why nothing is learned ----
+
+def steps(count, **values):
+    return [{"stage": "open", "stage_index": 0, "stage_step": 1, "reward": 0.5, "truncated": 0.0, "equal_groups": 0.0,
+             "logp_gap": 1e-6} | values] * count
+
+
+@pytest.mark.parametrize("rows, words", [
+    (steps(40, truncated=0.9), "90% of the completions were cut"),
+    (steps(40, reward=0.0, equal_groups=1.0), "every reward was 0"),
+    (steps(40, equal_groups=0.95), "95% of the groups all rewards were equal"),
+    (steps(2, logp_gap=0.018), "samples another distribution"), (steps(19, truncated=0.9), ""), (steps(40), "")])
+def test_why_nothing_is_learned_is_said_once(rows, words, capsys):
+    watch = Watch()
+    for row in rows:
+        watch(row)
+    said = capsys.readouterr().err
+    assert said.count(words or "the last") == bool(words) and said.count("\n") == bool(words)
+    for row in rows:
+        watch(row | {"stage_index": 1})
+    assert capsys.readouterr().err.count("\n") == bool(words), "and once a stage"
+
+
+def test_settings_that_can_hardly_be_meant_are_told_at_the_start(base, learnable, tmp_path, capsys):
+    begun(arguments(base, tmp_path / "run", "--stages", "binary:400", "--eval_limit", "0"), at=1)
+    said = capsys.readouterr().err
+    assert "stage 1-binary: 400 steps of 2 are 66.7 passes over 12 examples, which have 2 different answers" in said
+    assert "test binary_ood: 6 of 6 rows are training rows" in said
