@@ -244,8 +244,7 @@ def invent_answers(example, rng):
     truth = truth_of(example)
     if options := listed(example)[0]:
         return rng.sample(sorted(options), len(options))
-    numbers = list(INSIDE.finditer(truth))
-    if not numbers:
+    if not (numbers := list(INSIDE.finditer(truth))):
         return OPPOSITES.get(truth, [])
     number = rng.choice(numbers)
     least = 0 if truth.isdigit() else 1                 # a zero might divide, or read "-0"
@@ -321,8 +320,8 @@ class Task:
     readable: Callable | None = None    # answer -> whether it earns the format reward. None: all do
     truth_error: Callable = lambda example, image_size: None    # -> what is wrong with its truth
     spell: Callable = truth_of          # example -> an answer that is exactly right, for SFT
-    resize: Callable | None = None      # (text, size, new size) -> text in other pixels: answers are
-                                        # places in an image, which every row has. None: they are not
+    resize: Callable | None = None      # (text, size, new size) -> text in other pixels: answers
+                                        # are places in an image, which every row has. None: not so
     # the derived forms; a task without `right` has none
     right: Callable | None = None       # example -> the right answers, each fit for an option
     wrong: Callable | None = None       # (text, example) -> could be taken for one, and is none

@@ -25,15 +25,7 @@ from tqdm import tqdm
 from data import load_examples, model_size
 from engine import Prompts, generate, load_policy
 from rewards import (
-    FORMS,
-    TASKS,
-    Example,
-    accuracy_reward,
-    format_reward,
-    is_correct,
-    safe_reward,
-    task_of,
-)
+    FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
 from support.answers import extract_answer, parse_boxes
 from support.drawing import view
 from support.files import read_jsonl
@@ -125,11 +117,12 @@ MAX_THINKING = 6000                     # characters; longer reasoning is paddin
 
 
 def quality_score(completion, example):
-    """0..100, by rules where the paper asks a model. Above KEEP_ABOVE: right, in format, and reasoned.
+    """0..100, by rules where the paper asks a model. Above KEEP_ABOVE: right, in format, reasoned.
 
-    Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor said
-    over again, and does not end in another value than the answer. Of several the one that says more
-    scores higher. Rules see form alone: not whether a reason is true, fits the image or the next one.
+    Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor
+    said over again, and does not end in another value than the answer. Of several the one that says
+    more scores higher. Rules see form alone: not whether a reason is true, fits the image, or leads
+    to the next one; and another question's steps with the right numbers in them pass.
     """
     thinking = completion.partition("<think>")[2].partition("</think>")[0]
     accuracy = accuracy_reward(completion, example, partial_credit=0.0)
@@ -236,8 +229,8 @@ def answered(out):
 def merge_partials(out, questions, threshold, judge):
     """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent.
 
-    Returns how many; or a sentence, where too many scores are missing. A wrong answer is never kept, whatever
-    its score, where the task can tell: everywhere but in general questions, whose truths may be prose.
+    Returns how many; or a sentence, where too many scores are missing. A wrong answer is not kept,
+    whatever its score, where the task can tell: all but general questions, which may ask for prose.
     """
     rows, kept = answered(out), []
     rows = [(question, key, rows[key]) for question, key in zip(questions, question_keys(questions)) if key in rows]
@@ -248,9 +241,10 @@ def merge_partials(out, questions, threshold, judge):
             return f"{said}. All sampled answers are kept; put it right and continue with --resume"
         say(said)
     for question, key, row in rows:
-        free = task_of(question) is TASKS["general"]
-        score, place = max(((score, -n) for n, score in enumerate(row["scores"]) if score is not None
-                            and (free or is_correct(row["answers"][n], question))), default=(0, 0))
+        prose = task_of(question) is TASKS["general"]
+        scored = [(score, -n) for n, score in enumerate(row["scores"]) if score is not None]
+        right = [pair for pair in scored if prose or is_correct(row["answers"][-pair[1]], question)]
+        score, place = max(right, default=(0, 0))
         if score > threshold:
             kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [
                 os.path.abspath(image) for image in question.images], "question": key, "score": score,

@@ -1,8 +1,8 @@
 """Text -> value: what an answer says. One set of readers, for truths of the data and model answers.
 
-Each reader returns None for what is none. An answer counts as a whole: hedging ("yes or no"), naming
-all and gluing read as nothing. Numbers are read in support/numbers.py. Text is hostile: nothing here
-raises, is slow or is evaluated.
+Each reader returns None for what is none. An answer counts as a whole: hedging ("yes or no"),
+naming all and gluing read as nothing. Numbers are read in support/numbers.py. Text is hostile:
+nothing here raises, is slow or is evaluated.
 """
 
 import json

@@ -98,9 +98,9 @@ class EndpointJudge:
         """The reply's text. OSError: it may come yet; UserError: never; ValueError: not this."""
         turns = [("system", PROMPT), ("user", case)]
         turns = [("user", f"{PROMPT}\n\n{case}")] if "system" in self.refused else turns
-        body = {"messages": [{"role": role, "content": text} for role, text in turns],
+        body = {"model": self.model, "messages": [{"role": r, "content": t} for r, t in turns],
                 "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens": 2048,
-                "model": self.model, **({} if "temperature" in self.refused else {"temperature": 0})}
+                **({} if "temperature" in self.refused else {"temperature": 0})}
         request = urllib.request.Request(self.url, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         if key := api_key():

@@ -1,10 +1,10 @@
 r"""Mathematical answers as people write them: numbers, units, roots, tuples.
 
-`same_math(answer, truth)` is what pays. `plain` turns LaTeX and typography into plain text; a number
-is a sum of products of bounded size in it, parsed by Python's `ast` and computed here, and a unit.
+`same_math(answer, truth)` is what pays. `plain` turns LaTeX and typography into plain text; a
+number is a sum of products of bounded size, parsed by Python's `ast` and computed here, and a unit.
 Nothing is evaluated or looked for inside prose, and what is left to calculate is no answer.
 
-    1,234.5   50%   x = 3\frac{1}{2}   \frac{3\sqrt{3}}{2} \text{ cm}^2   2.5 \times 10^3   5 + 7 = 12
+    1,234.5  50%  x = 3\frac{1}{2}  \frac{3\sqrt{3}}{2} \text{ cm}^2  2.5 \times 10^3  5 + 7 = 12
 """
 import ast
 import math
@@ -143,7 +143,7 @@ def read_unit(text):
 
 
 def compute(written):
-    """The value of sums, products, roots and powers: "2√(3)-1" -> 2.46; left to do, "3+4" -> None."""
+    """The value of sums, products, roots and powers: "2√(3)-1" -> 2.46; "3+4", to do, -> None."""
     numbers = {"π": (math.pi, True)}
 
     def name(match):
@@ -287,7 +287,7 @@ def elements(text):
 
 
 def normalize(text):
-    """No spaces beside signs, a sum's terms in order, words in lower case: "$3x + 2$" -> "+2+3x"."""
+    """No spaces beside signs, a sum's terms sorted, words in lower case: "$3x + 2$" -> "+2+3x"."""
     text = plain(text)
     if re.fullmatch(r"[A-Za-z' -]*", text) and re.search("[A-Za-z]{3}", text):
         return text.lower()
