@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import threading
 from collections import Counter
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data import load_examples, model_size
-from engine import Prompts, generate, load_policy
+from engine import generate, load_policy
 from rewards import (
     FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
 from support.answers import extract_answer, parse_boxes
