@@ -635,7 +635,7 @@ def self_improve(run, stage, done):
         run.policy, run.processor, run.questions, kept, judge=judge_of(cfg), samples=cfg.reject_samples,
         threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
         max_completion_length=cfg.max_completion_length, seed=seed_from(cfg.seed, stage.index),
-        on_finish=signals.check)
+        weights=run.directory.weights_before(stage.index), on_finish=signals.check)
     passes = stage.steps * cfg.sft_batch / max(1, count)
     say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of "
         f"{cfg.sft_batch} are {passes:.3g} passes over them")
