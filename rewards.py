@@ -1,13 +1,13 @@
-"""Rewards of Curr-ReFT (arXiv 2503.07065): model text in, a finite float out. A task is one record here.
+"""Rewards of Curr-ReFT (arXiv 2503.07065): model text in, a finite float out. A task is one record.
 
     reward = accuracy_reward, in [0, 1], + format_reward, 0 or 1
 
-A completion should read `<think>reasoning</think><answer>answer</answer>`. A question has a task (detection, classify,
-math, general) and a form: yes or no (binary), option letters (choice), or a free answer (open). `task_of(example)` is
-the record by which an answer is asked for, checked and paid: of the two closed forms their own, for what they ask and
-pay does not depend on the task; of an open question its task's. A new task is one more record.
+A completion should read `<think>reasoning</think><answer>answer</answer>`. A question has a task
+(detection, classify, math, general) and a form: yes or no (binary), option letters (choice), or a
+free answer (open). `task_of(example)` is the record by which an answer is asked for, checked and
+paid: of the two closed forms their own, whatever the task; of an open question its task's.
 
-How answers are read is in support/answers.py and support/numbers.py. No text raises, is slow or is evaluated.
+How answers are read is in support/answers.py and support/numbers.py. No text raises or is slow.
 """
 
 import json
@@ -28,16 +28,16 @@ FORMS = ("binary", "choice", "open")
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question with its ground truth. Every box in `problem` and `solution` is in model pixels."""
-    problem: str                                        # the question, without the format instruction
-    solution: str                                       # truth: "..<answer>yes</answer>", or the bare answer
-    task: str = "math"                                  # one of TASKS
-    form: str = "open"                                  # one of FORMS
-    images: tuple[str, ...] = ()                        # image files, in order
-    size: tuple[int, int] | None = None                 # (width, height) of images[0] in model pixels
-    where: str = ""                                     # "file:line"
-    split: str = ""                                     # stem of its file: the name of a test split
-    history: tuple[tuple[str, str], ...] = ()           # (role, text) of the turns before `problem`, chat rows only
+    """One question with its ground truth. Boxes in `problem` and `solution` are in model pixels."""
+    problem: str                                # the question, without the format instruction
+    solution: str                               # truth: "..<answer>yes</answer>", or bare: "yes"
+    task: str = "math"                          # one of TASKS
+    form: str = "open"                          # one of FORMS
+    images: tuple[str, ...] = ()                # image files, in order
+    size: tuple[int, int] | None = None         # (width, height) of images[0] in model pixels
+    where: str = ""                             # "file:line"
+    split: str = ""                             # stem of its file: the name of a test split
+    history: tuple[tuple[str, str], ...] = ()   # (role, text) of the turns before `problem`
 
 
 # ---- What all tasks have in common ----
@@ -45,55 +45,55 @@ class Example:
 def accuracy_reward(completion, example, *, partial_credit=0.2, soft_iou=False):
     """Accuracy in [0, 1] by the example's record (KeyError without one). No answer -> 0."""
     answer = extract_answer(completion)
-    settings = {"partial_credit": partial_credit, "soft_iou": soft_iou}
+    settings = {"partial_credit": partial_credit, "soft_iou": soft_iou, "example": example}
     return task_of(example).accuracy(answer, truth_of(example), **settings) if answer else 0.0
 
 
 def format_reward(completion, example):
-    """1.0 for one <think>..</think> with a letter or digit, then one non-empty <answer>..</answer>, and nothing else.
+    """1.0 for one <think>..</think> with a letter or digit, then one <answer>..</answer>, no more.
 
-    Of some tasks (open detection) the answer must also be one that can be read.
+    It is not empty, and of some tasks (open detection) it can be read.
     """
     text = completion.strip()
     thinking, _, rest = text.partition("</think>")
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    ordered = text.startswith("<think>") and rest.lstrip().startswith("<answer>") and text.endswith("</answer>")
-    answer = extract_answer(text)
-    thought = any(c.isalnum() for c in thinking.removeprefix("<think>"))  # one full stop is no thinking
-    if not (once and ordered and thought and answer):
+    ordered = text.startswith("<think>") and rest.lstrip().startswith("<answer>")
+    answer, readable = extract_answer(text), task_of(example).readable
+    thought = any(c.isalnum() for c in thinking.removeprefix("<think>"))    # "." is no thinking
+    if not (once and ordered and thought and answer and text.endswith("</answer>")):
         return 0.0
-    readable = task_of(example).readable
     return float(readable is None or readable(answer))
 
 
 def safe_reward(reward, completion, example, **settings):
-    """reward(completion, example) as a finite float; where a fork's gives none, RunError names question and answer."""
+    """reward(completion, example) as a finite float; RunError where a fork's gives none."""
     try:
         value = float(reward(completion, example, **settings))
         problem = f"gives {value}" if not math.isfinite(value) else None
     except (Exception, SystemExit) as error:
         problem = f"raises {type(error).__name__}: {error}"
     if problem:
-        raise RunError(f"{reward.__name__} {problem} for the question {one_line(example.problem)!r} ({example.where}) "
-                       f"and the completion {one_line(completion)!r}. Mend it and continue with --resume")
+        raise RunError(f"{reward.__name__} {problem} for the question {one_line(example.problem)!r}"
+                       f" ({example.where}) and the completion {one_line(completion)!r}. "
+                       "Mend it and continue with --resume")
     return value
 
 
 def is_correct(completion, example):
-    """Exactly right: IoU > 0.5, equal sets, equal answers. No accuracy function gives 1.0 for anything less."""
+    """Exactly right: IoU > 0.5, equal sets, equal answers. Nothing less has an accuracy of 1.0."""
     return accuracy_reward(completion, example, partial_credit=0.0) == 1.0
 
 
 # ---- Accuracy: (answer, truth) -> [0, 1], a function for each form and task ----
 
 def binary_accuracy(answer, truth, **_):
-    """1 if the whole answer is yes/true/correct or no/false/incorrect and agrees with the truth: "Yes." for "true"."""
+    """1 if the whole answer is yes/true/correct or no/false/incorrect, as the truth is; else 0."""
     said = parse_verdict(answer)
     return float(said is not None and said == parse_verdict(truth))
 
 
 def choice_accuracy(answer, truth, *, partial_credit=0.2, **_):
-    """Sets of letters. Truth "A, C": "C and A" -> 1; "A", a part of it, -> partial_credit; "A, B", "A, B, C" -> 0."""
+    """Sets of letters. Truth "A, C": "C, A" -> 1; "A", a part, -> partial_credit; "A, B" -> 0."""
     chosen, right = parse_letters(answer), parse_letters(truth)
     if not chosen or not right:
         return 0.0
@@ -101,15 +101,15 @@ def choice_accuracy(answer, truth, *, partial_credit=0.2, **_):
 
 
 def classify_accuracy(answer, truth, **_):
-    """Jaccard overlap |answer & truth| / |answer | truth| of label sets: "dog, bus" for "dog, cat" -> 1/3."""
+    """Jaccard overlap |both| / |either| of sets of labels: "dog, bus" for "dog, cat" -> 1/3."""
     named, right = ({label.lower() for label in parse_labels(text)} for text in (answer, truth))
     return len(named & right) / len(named | right) if named else 0.0
 
 
 def detection_accuracy(answer, truth, *, soft_iou=False, **_):
-    """R = (sum of IoUs, matched one to one) / max(#predicted, #true); 1 if R > 0.5, else 0; R itself with soft_iou.
+    """R = (sum of IoUs, matched one to one) / max(#predicted, #true); 1 if R > 0.5, else 0.
 
-    With no true box the answer must say that there is none. Labels beside the boxes are not scored.
+    R itself with soft_iou. With no true box the answer must say so. Labels are not scored.
     """
     predicted, right = parse_boxes(answer), parse_boxes(truth)
     if not predicted or not right:
@@ -118,14 +118,15 @@ def detection_accuracy(answer, truth, *, soft_iou=False, **_):
     return overlap if soft_iou else float(overlap > 0.5)
 
 
-def math_accuracy(answer, truth, **_):
-    """1 for the same letter, number, tuple or normalized text, as support/numbers.py tells them; else 0."""
-    return float(same_math(answer, truth))
+def math_accuracy(answer, truth, *, example=None, **_):
+    """1 for the same letter, number, tuple or text, or for the right one of listed letters."""
+    told = example and parse_letters(answer)
+    return float(same_math(answer, truth) or bool(told) and told == {listed(example)[1]})
 
 
 def general_accuracy(answer, truth, **_):
-    """Free text: 1 if equal by the rules of math, else F1 = 2 |both| / (|answer| + |truth|) of the words, below 1."""
-    if math_accuracy(answer, truth):
+    """Text: 1 if equal by the rules of math, else F1 = 2 |both| / (|answer| + |truth|) of words."""
+    if same_math(answer, truth):
         return 1.0
     said, right = Counter(words(answer)), Counter(words(truth))
     return min(0.99, 2 * (said & right).total() / max(1, said.total() + right.total()))
@@ -134,38 +135,39 @@ def general_accuracy(answer, truth, **_):
 # ---- Boxes in pixels ----
 
 def resize_box(box, original: tuple[int, int], resized: tuple[int, int]) -> list[int]:
-    """A box (x1, y1, x2, y2) of the `original` (width, height) in whole pixels of the `resized` image, never empty.
+    """A box of an image (width, height) in whole pixels of the resized one, never empty.
 
     [10, 20, 30, 40] of 100 x 100, resized to 112 x 84 -> [11, 17, 34, 34]
     """
     sx, sy = resized[0] / original[0], resized[1] / original[1]
-    x1, y1, x2, y2 = round(box[0] * sx), round(box[1] * sy), round(box[2] * sx), round(box[3] * sy)
+    x1, y1, x2, y2 = (round(x * scale) for x, scale in zip(box, (sx, sy, sx, sy)))
     return [x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)]
 
 
 def resize_boxes(text, original, resized, marked_only=False):
-    """`text` with `resize_box` applied to every four-number list in it, or to those alone that "bbox_2d": marks."""
+    """`text` with its four-number lists, or only those that "bbox_2d": marks, in other pixels."""
     def pixels(match):
         mark, *numbers = match.groups()
-        if marked_only and not mark:
-            return match[0]
-        return f"{mark or ''}{resize_box([float(n) for n in numbers], original, resized)}"
+        box = resize_box([float(n) for n in numbers], original, resized)
+        return match[0] if marked_only and not mark else f"{mark or ''}{box}"
     return BOX.sub(pixels, text)
 
 
-# ---- Derived forms: the right answers of an annotation one by one, and wrong answers beside them ----
+# ---- Derived forms: the right answers of an annotation one by one, and wrong ones beside them ----
 
-INSIDE = re.compile(                        # a number: whole part, decimals
+INSIDE = re.compile(                    # a number: whole part, decimals
     r"(?<![\^_0-9.])(?<![\^_]\{)(\d{1,3}(?:,\d{3})+(?!\d)|\d{1,15})(?:\.(\d{1,9}))?")
-DIGITS = re.compile(r"(?<![\^_])(?<![\^_]\{)\d[\d,]*")      # of an exponent: none, cm^2 is never cm^3
-OPTION = re.compile(r"(?:^|[\s(])([A-H])[).:] {0,3}([^\n]{1,80}?)(?=\s*(?:\n|$|[\s(][A-H][).:]))")     # "(C) 145°"
+DIGITS = re.compile(r"(?<![\^_])(?<![\^_]\{)\d[\d,]*")  # of an exponent: none, cm^2 is never cm^3
+OPTION = re.compile(                    # "(C) 145°"
+    r"(?:^|[\s(])([A-H])[).:] {0,3}([^\n]{1,80}?)(?=\s*(?:\n|$|[\s(][A-H][).:]))")
 MAX_PROBLEM = 4000
-VOC_LABELS = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
-              "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
+OPPOSITES = {"yes": ["no"], "no": ["yes"], "Yes": ["No"], "No": ["Yes"]}     # case tells nothing
+VOC_LABELS = tuple("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,"
+                   "horse,motorbike,person,potted plant,sheep,sofa,train,tv monitor".split(","))
 SYNONYMS = {word: row.split()[0] for row in (
-    "sofa couch settee", "aeroplane airplane plane aircraft", "tv television", "motorbike motorcycle", "bicycle bike",
-    "person man woman people boy girl human", "car automobile", "cup mug", "phone cellphone smartphone")
-    for word in row.split()}
+    "sofa couch settee", "aeroplane airplane plane aircraft", "tv television", "bicycle bike",
+    "motorbike motorcycle", "person man woman people boy girl human", "car automobile", "cup mug",
+    "phone cellphone smartphone") for word in row.split()}
 
 
 def right_boxes(example):
@@ -175,17 +177,15 @@ def right_boxes(example):
 
 def truth_boxes(example):
     """The true boxes as lists of whole numbers where they are whole: [[28, 14, 84, 70]]."""
-    return [[int(x) if x == int(x) else x for x in box] for box in parse_boxes(truth_of(example)) or []]
+    boxes = parse_boxes(truth_of(example)) or []
+    return [[int(x) if x == int(x) else x for x in box] for box in boxes]
 
 
 def wrong_box(text, example):
-    """Whether a text is one box that overlaps every true one by IoU < 0.3 and lies within the image."""
-    boxes, (width, height) = parse_boxes(text), example.size
-    if not boxes or len(boxes) > 1:
-        return False
-    (box,) = boxes
-    inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
-    return inside and all(iou(box, true) < 0.3 for true in truth_boxes(example))
+    """Whether a text is one box in the image that overlaps every true one by IoU < 0.3."""
+    boxes, (width, height) = parse_boxes(text) or [], example.size
+    inside = all(min(box) >= 0 and box[2] <= width and box[3] <= height for box in boxes)
+    return inside and len(boxes) == 1 and all(iou(boxes[0], b) < 0.3 for b in truth_boxes(example))
 
 
 def invent_boxes(example, rng):
@@ -193,36 +193,34 @@ def invent_boxes(example, rng):
     (width, height), boxes = example.size, truth_boxes(example)
     for attempt in range(2000):
         x1, y1, x2, y2 = rng.choice(boxes) if boxes else (0, 0, width / 3, height / 3)
-        scale = rng.uniform(0.7, 1.3) * 0.99**attempt   # shrinks: by a box as large as the image only small ones fit
-        w, h = (min(side, max(1, round(length * scale))) for side, length in ((width, x2 - x1), (height, y2 - y1)))
+        scale = rng.uniform(0.7, 1.3) * 0.99**attempt   # beside a large box only small ones fit
+        w, h = (min(side, max(1, round(length * scale)))
+                for side, length in ((width, x2 - x1), (height, y2 - y1)))
         x, y = rng.randint(0, width - w), rng.randint(0, height - h)
         yield json.dumps([x, y, x + w, y + h])
 
 
 def wrong_label(text, example):
-    """Whether a text is one label that is not true: no part, plural or plain synonym of a true one, nor the reverse."""
-    return len(parse_labels(text)) == 1 and not any(related(text, label) for label in right_labels(example))
+    """Whether a text is one label that names nothing true: no part, plural or plain synonym."""
+    alike = any(related(text, label) for label in parse_labels(truth_of(example)))
+    return len(parse_labels(text)) == 1 and not alike
 
 
 def related(a, b):
-    """Whether two labels may name one thing: "rice", "fried rice"; "dog", "Dogs"; "sofa", "couch"."""
-    a, b = ({SYNONYMS.get(word, word) for word in re.sub(r"(?<=[^s])s\b", "", text.lower()).split()} for text in (a, b))
+    """Whether labels may name one thing: "rice", "fried rice"; "dog", "Dogs"; "sofa", "couch"."""
+    a, b = (re.sub(r"(?<=[^s])s\b", "", text.lower()).split() for text in (a, b))
+    a, b = ({SYNONYMS.get(word, word) for word in text} for text in (a, b))
     return a <= b or b <= a
 
 
-def right_labels(example):
-    """The true labels as they are written."""
-    return parse_labels(truth_of(example))
-
-
 def listed(example):
-    """({letters that a question lists}, the right one) if its truth is one of them or its text; else (set(), "")."""
+    """({letters that a question lists}, the right one), by letter or text; (set(), "") without."""
     offered, truth = offered_letters(example.problem), truth_of(example)
     letters = parse_letters(truth) or set()
     if len(letters) == 1 < len(offered) and letters <= offered:
         return offered, letters.pop()
     texts = dict(OPTION.findall(example.problem[:MAX_PROBLEM]))
-    right = [letter for letter, text in texts.items() if letter in offered and same_math(text.strip(), truth)]
+    right = [a for a, text in texts.items() if a in offered and same_math(text.strip(), truth)]
     return (offered, right[0]) if len(right) == 1 < len(texts) else (set(), "")
 
 
@@ -232,40 +230,41 @@ def right_answer(example):
 
 
 def wrong_answer(text, example):
-    """Whether a text could be taken for the answer and is wrong: another listed letter, the same with other numbers."""
+    """Whether a text could be the answer and is not: another letter, or in other numbers."""
     truth = truth_of(example)
     options, right = listed(example)
     if options:
         return text in options and text != right
-    alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or {text, truth} in ({"yes", "no"}, {"Yes", "No"})
+    alike = DIGITS.sub("0", text) == DIGITS.sub("0", truth) or text in OPPOSITES.get(truth, ())
     return alike and not math_accuracy(text, truth) and not math_accuracy(truth, text)
 
 
 def invent_answers(example, rng):
-    """The other letters of listed options; "no" for "yes"; else the truth with one of its numbers changed."""
+    """The other listed letters; "no" for "yes"; else the truth with one of its numbers changed."""
     truth = truth_of(example)
     if options := listed(example)[0]:
         return rng.sample(sorted(options), len(options))
-    numbers = list(INSIDE.finditer(truth))
-    if not numbers:
-        return {"yes": ["no"], "no": ["yes"], "Yes": ["No"], "No": ["Yes"]}.get(truth, [])  # case gives nothing away
+    if not (numbers := list(INSIDE.finditer(truth))):
+        return OPPOSITES.get(truth, [])
     number = rng.choice(numbers)
-    least = 0 if truth.isdigit() else 1                                     # a zero might divide, or read "-0"
-    return [truth[:number.start()] + text + truth[number.end():] for text in near_numbers(*number.groups(), least, rng)]
+    least = 0 if truth.isdigit() else 1                 # a zero might divide, or read "-0"
+    return [truth[:number.start()] + text + truth[number.end():]
+            for text in near_numbers(*number.groups(), least, rng)]
 
 
 def near_numbers(whole, decimals, least, rng):
     """Three numbers near "whole.decimals", written as it is: "0.7" -> "0.9", "0.6", "0.5".
 
-    Drawn from a window around the truth, placed at random: or else the middle one of four would be the likely one.
+    In a window placed at random around it: or else the middle one of four would be likely.
     """
     places, texts = len(decimals or ""), []
-    value = int(whole.replace(",", "") + (decimals or ""))                  # in units of the last decimal
+    value = int(whole.replace(",", "") + (decimals or ""))      # in units of the last decimal
     spread = min(1000, max(4, value // 5))
     start = max(least, value - rng.randint(0, spread))
     for n in rng.sample(range(start, start + spread), 3):
-        high, low = divmod(n + (n >= value), 10**places)                    # never the truth itself
-        texts.append((f"{high:,}" if "," in whole else str(high)) + (f".{low:0{places}}" if places else ""))
+        high, low = divmod(n + (n >= value), 10**places)        # never the truth itself
+        high = f"{high:,}" if "," in whole else str(high)
+        texts.append(f"{high}.{low:0{places}}" if places else high)
     return texts
 
 
@@ -290,83 +289,87 @@ def classify_truth_error(example, image_size):
 
 
 def detection_truth_error(example, image_size):
-    """A truth that is no boxes, or boxes that leave the image, (width, height) in pixels, by more than rounding."""
+    """A truth that is no boxes, or boxes that leave the image, (width, height), beyond rounding."""
     boxes = parse_boxes(truth := truth_of(example))
     if boxes is None:
         return (f'the truth {truth[:80]!r} is neither JSON boxes nor "no objects": up to 64 times '
                 '{"bbox_2d": [x1, y1, x2, y2]} in pixels, finite, x1 < x2 and y1 < y2.')
     for box in boxes:
         if min(box) < -1 or box[2] > image_size[0] + 1 or box[3] > image_size[1] + 1:
-            return f"the box {list(box)} leaves the image of {image_size[0]} x {image_size[1]} pixels."
+            return f"the box {list(box)} leaves the image of" + " %d x %d pixels." % image_size
 
 
 def math_truth_error(example, image_size):
     """A truth that no short answer equals: a box beside an image, a list of texts, or prose."""
     truth = truth_of(example)
     if image_size and parse_boxes(truth):
-        return f"the truth {truth[:80]!r} of a math row is a box; --task can name the task of each file."
+        return f"the truth {truth[:80]!r} of a math row is a box; --task can name each file's task."
     if re.match(r'\[\s*["{]', truth):
         return f"the truth {truth[:80]!r} of a math row is a list; keep the one that is right."
     if "####" in truth or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", truth)) > 12:
-        return f"the truth {truth[:80]!r} of a math row is prose, which no answer equals; give the bare answer."
+        return f"the truth {truth[:80]!r} of a math row is prose, equal to no answer; give it bare."
 
 
 # ---- The records ----
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that depends on a task (or on a closed form). Only `accuracy` must be given; the rest says what is without it."""
-    accuracy: Callable                      # (answer, truth, **settings) -> [0, 1]; 1: exactly right
-    rule: Callable = lambda example: ""     # example -> the last words of its prompt: how to answer. Without: none
-    readable: Callable | None = None        # answer -> whether it earns the format reward. Without: all but an empty one
-    truth_error: Callable = lambda example, image_size: None  # -> what is wrong with its truth. Without: nothing is
-    spell: Callable = truth_of              # example -> an answer that is exactly right: what SFT teaches
-    resize: Callable | None = None          # (text, (width, height), (width, height)) -> the text with its coordinates in
-                                            # pixels of another size: answers are places in an image, which every row must
-                                            # have. Without: answers mean the same whatever is shown
+    """All that depends on a task, or a closed form. Only `accuracy` must be given."""
+    accuracy: Callable                  # (answer, truth, **settings) -> [0, 1]; 1: exactly right
+    rule: Callable = lambda example: ""     # -> the last words of its prompt: how to answer
+    readable: Callable | None = None    # answer -> whether it earns the format reward. None: all do
+    truth_error: Callable = lambda example, image_size: None    # -> what is wrong with its truth
+    spell: Callable = truth_of          # example -> an answer that is exactly right, for SFT
+    resize: Callable | None = None      # (text, size, new size) -> text in other pixels: answers
+                                        # are places in an image, which every row has. None: not so
     # the derived forms; a task without `right` has none
-    right: Callable | None = None           # example -> the right answers, each of which an option may show
-    wrong: Callable | None = None           # (text, example) -> could be taken for one, and is none
-    invent: Callable = lambda example, rng: ()  # (example, rng) -> texts to try where other rows lend too few
-    pool: tuple = ()                        # texts to draw from where other rows lend none
+    right: Callable | None = None       # example -> the right answers, each fit for an option
+    wrong: Callable | None = None       # (text, example) -> could be taken for one, and is none
+    invent: Callable = lambda example, rng: ()      # -> texts to try where other rows lend too few
+    pool: tuple = ()                    # texts to draw from where other rows lend none
     ask: Callable = lambda example, text: f"{example.problem}\nIs the answer {text}?"
     choose: Callable = lambda example: f"{example.problem}\nWhich of these is right?"
-    most: int = 1                           # right options of a choice question at most
+    most: int = 1                       # right options of a choice question at most
 
     def __post_init__(self):
         if self.resize and not self.readable:
-            raise ValueError("a task whose answers hold coordinates (resize) must say which answers are some (readable)")
+            raise ValueError("a task of places in an image (resize) says what is one (readable)")
         if bool(self.right) != bool(self.wrong):
-            raise ValueError("a task has derived forms (right) if it knows wrong answers (wrong), and only then")
+            raise ValueError("a task has derived forms (right) if it knows wrong answers (wrong)")
 
 
 CLOSED = {
-    "binary": Task(accuracy=binary_accuracy, truth_error=binary_truth_error, rule=lambda _: "Answer exactly yes or no."),
-    "choice": Task(accuracy=choice_accuracy, truth_error=choice_truth_error,
-                   rule=lambda _: "Answer with only the letter, or all right letters if several options are right."),
+    "binary": Task(accuracy=binary_accuracy, truth_error=binary_truth_error,
+                   rule=lambda _: "Answer exactly yes or no."),
+    "choice": Task(
+        accuracy=choice_accuracy, truth_error=choice_truth_error, rule=lambda _:
+        "Answer with only the letter, or all right letters if several options are right."),
 }
 TASKS = {
     "detection": Task(
         accuracy=detection_accuracy, truth_error=detection_truth_error, resize=resize_boxes,
-        rule=lambda _: 'Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
+        rule=lambda _:
+        'Answer with JSON boxes in pixels, [{"bbox_2d": [x1, y1, x2, y2]}], or "no objects".',
         readable=lambda answer: parse_boxes(answer) is not None,
         right=right_boxes, wrong=wrong_box, invent=invent_boxes,
-        ask=lambda example, text: f"{example.problem}\nIs {text} the right box?" if text.startswith("[") else
-        f"{example.problem}\nIs the answer {text}?"),
+        ask=lambda example, text: f"{example.problem}\nIs " + (
+            f"{text} the right box?" if text.startswith("[") else f"the answer {text}?")),
     "classify": Task(
-        accuracy=classify_accuracy, truth_error=classify_truth_error, rule=lambda _: "Answer with the labels, separated by commas.",
-        right=right_labels, wrong=wrong_label, pool=VOC_LABELS, most=3,
+        accuracy=classify_accuracy, truth_error=classify_truth_error,
+        rule=lambda _: "Answer with the labels, separated by commas.",
+        right=lambda example: parse_labels(truth_of(example)), wrong=wrong_label,
+        pool=VOC_LABELS, most=3,
         ask=lambda example, text: f"Is there {'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}?",
         choose=lambda example: "Which of these are there?"),
     "math": Task(
         accuracy=math_accuracy, truth_error=math_truth_error,
-        rule=lambda example: "Answer with only the letter." if parse_letters(truth_of(example)) and listed(example)[0]
-        else "",
+        rule=lambda example: "Answer with only the letter."
+        if len(parse_letters(truth_of(example)) or ()) == 1 and listed(example)[0] else "",
         right=right_answer, wrong=wrong_answer, invent=invent_answers),
-    "general": Task(accuracy=general_accuracy),         # questions of the reject stage; no RL stage has them
+    "general": Task(accuracy=general_accuracy),     # of the reject stage; no RL stage has them
 }
 
 
 def task_of(example):
-    """The record that an example's answer is asked for and paid by: its form's, or of an open question its task's."""
+    """The record that asks for an answer and pays it: its form's, or if that is open its task's."""
     return CLOSED[example.form] if example.form in CLOSED else TASKS[example.task]

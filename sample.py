@@ -10,9 +10,7 @@ import argparse
 import hashlib
 import json
 import math
-import operator
 import os
-import re
 import sys
 import threading
 from collections import Counter
@@ -23,16 +21,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import load_examples, model_size
-from engine import Prompts, generate, load_policy
-from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward
-from support.answers import extract_answer, parse_boxes, parse_verdict
+from data import load_examples, model_size, with_places
+from engine import generate, load_policy
+from rewards import (
+    FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
+from support.answers import extract_answer, parse_boxes
 from support.drawing import view
-from support.files import read_jsonl
+from support.files import read_jsonl, sealed, write_aside
 from support.flags import check_values
 from support.images import load_image
-from support.numbers import parse_number, same_number
 from support.ranks import gather, world
+from support.reasons import leads_to, sentences, substance, tokens
 from support.words import RunError, UserError, command, say
 
 # ----------------------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.
             on_finish(*args)
 
     groups = generate(
-        model, processor, Prompts(processor, [examples[i] for i in mine]), samples, max_completion_length, temperature,
+        model, processor, [examples[i] for i in mine], samples, max_completion_length, temperature,
         top_p=top_p, seeds=[[(seed << 40) + i * samples + s for s in range(samples)] for i in mine],
         max_rows=max_rows, on_finish=finished)
     bar.close()
@@ -112,101 +111,30 @@ def summarize(predictions, samples):
 # ----------------------------------------------------------------------------------------------------
 # The quality score
 
-MAX_THINKING = 20_000                   # characters, at the end of the reasoning, that quality_parts looks at
-QUALITY = {"accuracy": 50, "consistency": 20, "format": 15, "fluency": 15}      # points, 100 in all
-KEEP_ABOVE = 85                         # paper: what scores more is kept; so no criterion may be missed altogether
-MAX_REASONS = 1500                      # tokens; longer reasoning is padding
-TOKENS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[0-9]+(?:[.,/:][0-9]+)*%?|"
-                    r"[^\W\d_]+(?:['’][^\W\d_]+)?|=")
-
-
-NEGATIONS = {"not", "never", "no", "isn't", "cannot", "can't", "aren't", "wrong", "不", "非", "没"}
-CONCLUDES = {"=", "is", "so", "are", "makes", "make", "equals", "therefore", "thus", "hence", "answer", "total", "是",
-             "为", "得"}
-
-
-FILLERS = CONCLUDES | NEGATIONS | set(
-    "a an the i we you it they this that there be was of to in on at by for with and or but as just then ok okay well "
-    "yes think guess idea maybe perhaps probably certainly sure surely must know say said right correct true".split())
+KEEP_ABOVE = 85.0                       # paper: what scores more is kept
+MAX_THINKING = 6000                     # characters; longer reasoning is padding
 
 
 def quality_score(completion, example):
-    """0..100, by rules where the paper asks a model: parts by weight; at most KEEP_ABOVE for a wrong answer.
+    """0..100, by rules where the paper asks a model. Above KEEP_ABOVE: right, in format, reasoned.
 
-    Above KEEP_ABOVE is a right answer in format whose reasoning has some substance and does not speak against it. Of
-    several the one with more to say, said once, scores higher. Rules cannot tell whether a reason is true.
+    Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor
+    said over again, and does not end in another value than the answer. Of several the one that says
+    more scores higher. Rules see form alone: not whether a reason is true, fits the image, or leads
+    to the next one; and another question's steps with the right numbers in them pass.
     """
-    parts = quality_parts(completion, example)
-    score = float(sum(QUALITY[name] * part for name, part in parts.items()))
-    right = parts["accuracy"] == 1.0
-    return score if right else min(score, float(KEEP_ABOVE))
-
-
-def quality_parts(completion, example):
-    """The four criteria, each in [0, 1]: {"accuracy": .., "consistency": .., "format": .., "fluency": ..}."""
     thinking = completion.partition("<think>")[2].partition("</think>")[0]
-    said, answer = tokens(thinking[-MAX_THINKING:]), extract_answer(completion) or ""
-    return {"accuracy": accuracy_reward(completion, example, partial_credit=0.0),
-            "consistency": consistency(said, answer, tokens(getattr(example, "problem", "")[:MAX_THINKING])),
-            "format": format_reward(completion, example), "fluency": fluency(said)}
-
-
-def tokens(text):
-    """Lower-case words, numbers and "="; of scripts without spaces each character: "So 3+4 = 7." -> so 3 4 = 7."""
-    return TOKENS.findall(text.lower())
-
-
-def consistency(said, answer, asked=()):
-    """1 if the reasoning ends in the answer, 0 if it denies it or ends in another one. Lists of tokens.
-
-    Else it does not name the answer: 0.6 if it speaks of the question (`asked`), 0.3 if not. Answer "7": "so 3 + 4 = 7"
-    -> 1; "three and four" -> 0.6; "so it is 8", "it is not 7", "6 7 8" -> 0. The question's numbers may stand anywhere.
-    """
-    if not said or not answer:
-        return 0.0
-    silent = 0.6 if not asked or set(said) & set(asked) - FILLERS else 0.3
-    end, parts = said[-60:], tokens(answer)
-    read, same = (parse_verdict, operator.eq) if parse_verdict(answer) is not None else (parse_number, same_number)
-    value = read(answer)
-    if value is None or not parts:
-        places = [i for i, word in enumerate(said) if word in parts[-1:]]
-        return silent if not set(parts) <= set(said) else 0.0 if places and denied(said, places[-1]) else 1.0
-    found = [(i, other) for i in range(len(end)) for text in (" ".join(end[i:i + 2]), end[i])
-             if (other := read(text)) is not None and not (text != end[i] and read(end[i]) is None)]
-    agree = [i for i, other in found if same(value, other)]
-    inside = {i + n for i in agree for n in range(len(parts))}
-    against = [i for i, other in found if not same(value, other) and end[i] not in asked and i not in inside]
-    concluded = [i for i in against if CONCLUDES & set(end[max(0, i - 2):i])]
-    if not agree:
-        return 0.0 if against else silent
-    return 0.0 if against and against[-1] > agree[-1] or denied(end, agree[-1]) or len(concluded) > len(agree) else 1.0
-
-
-def denied(said, place):
-    """Whether one of the three tokens before a place is a negation: "certainly not 12"."""
-    return bool(NEGATIONS & set(said[max(0, place - 3):place]))
-
-
-def fluency(said):
-    """How much is said, and once: content words (5 are enough) times the share of distinct word triples.
-
-    0 where there is next to no content ("so 12"), where a quarter of the triples comes again (a text said twice), where
-    a long text repeats no word or hardly another (random words), and where it goes on and on.
-    """
-    content, triples = set(said) - FILLERS, list(zip(said, said[1:], said[2:]))
-    distinct = len(set(triples)) / len(triples) if triples else 1.0
-    variety = len(set(said)) / max(1, len(said))
-    if len(content) < 3 or distinct < 0.75 or len(said) > MAX_REASONS or len(said) > 60 and not 0.15 < variety < 0.9:
-        return 0.0
-    return min(1.0, len(content) / 5) * distinct
-
-
-# ----------------------------------------------------------------------------------------------------
-# Rejection sampling
+    accuracy = accuracy_reward(completion, example, partial_credit=0.0)
+    said, answer = sentences(thinking[:MAX_THINKING]), tokens(extract_answer(completion) or "")
+    asked = tokens(example.problem[:MAX_THINKING])
+    fluency = substance(said, answer, asked) if len(thinking) <= MAX_THINKING else 0.0
+    logic = leads_to(said, answer, asked)
+    score = 50 * accuracy + 20 * logic + 15 * format_reward(completion, example) + 15 * fluency
+    return score if accuracy == 1 and fluency else min(score, KEEP_ABOVE)
 
 
 class Rules:
-    """The judge of phase 2 that needs no endpoint: `quality_score`. See support/endpoint.py for the other one."""
+    """The judge of phase 2 that needs no endpoint, support/endpoint.py: `quality_score`."""
     name, problem, stopping = "rules", "", False
 
     def __call__(self, completion, example):
@@ -216,19 +144,26 @@ class Rules:
         """Nothing can be wrong with rules."""
 
 
-def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
-                     max_completion_length=512, max_rows=64, seed=0, on_finish=None):
-    """Keep each question's best-scored answer if it scores above `threshold`; write them to `out` as chat JSONL.
+# ----------------------------------------------------------------------------------------------------
+# Rejection sampling
 
-    The reference answer competes where it has reasoning. Ranks share the questions; each writes down every finished
-    question at once, with all its answers and their scores (out + .rank-R.partial): a killed run repeats what was in
-    flight, an outage of the judge costs scores, never samples. Returns the number kept. RunError where more than 5 % of
-    the scores are missing. (Paper section 3.2; 1,520 of about 12,000 kept there.)
+
+def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
+                     max_completion_length=512, max_rows=64, seed=0, weights="", on_finish=None):
+    """Keep each question's best-scored answer if it scores above `threshold`: chat JSONL in `out`.
+
+    The reference answer competes where it has reasoning. Ranks share the questions; each writes down every
+    finished question at once, with all its answers and scores (out + .rank-R.partial): a killed run repeats
+    what was in flight, an outage of the judge costs scores, never samples. An answer is taken up again if it
+    was sampled alike, from the same `weights` (any name of them), a score if the same judge gave it. Returns
+    the number kept. RunError where more than 5 % of the scores are missing. (Paper section 3.2; 1,520 of about
+    12,000 kept there.)
     """
     judge, out, keys = judge or Rules(), Path(out), question_keys(questions)
     judge.probe()
     rank, ranks = world()
-    done = gather(answered(out) if rank == 0 else None)[0]  # read before anybody appends
+    sampled = [weights, samples, temperature, max_completion_length, seed]  # what answers depend on
+    done = gather(answered(out, sampled, judge) if rank == 0 else None)[0]  # read before anybody appends
     mine = [i for i in range(rank, len(questions), ranks) if None in done.get(keys[i], {"scores": [None]})["scores"]]
     bar = tqdm(total=len(mine), desc="rejection sampling", disable=None if rank == 0 else True, leave=False)
     lock, pending = threading.Lock(), []
@@ -237,7 +172,8 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
         """Judge the answers of question i that have no score yet, and write the line of its record."""
         scores = [judge(answer, questions[i]) if had is None else had for answer, had in zip(answers, scores)]
         with lock:
-            file.write("\n" + json.dumps({"key": keys[i], "answers": answers, "scores": scores}))  # ends a torn line
+            row = {"key": keys[i], "sampled": sampled, "answers": answers, "judge": judge.name, "scores": scores}
+            file.write("\n" + json.dumps(sealed(row)))  # ends a torn line
             file.flush()
             bar.update()
 
@@ -257,7 +193,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
                 if keys[i] in done:  # sampled before, but not all scores were to be had
                     pending.append(pool.submit(score, i, done[keys[i]]["answers"], done[keys[i]]["scores"]))
             model.eval()
-            generate(model, processor, Prompts(processor, fresh), samples, max_completion_length, temperature,
+            generate(model, processor, fresh, samples, max_completion_length, temperature,
                      seeds=[[(seed + i * samples + s) % 2**63 for s in range(samples)] for i in unseen],
                      max_rows=max_rows, on_finish=finished)
             for future in pending:
@@ -270,7 +206,8 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
             raise
     bar.close()
     gather(None)
-    kept = gather(merge_partials(out, questions, threshold, judge) if rank == 0 else None)[0]
+    kept = gather(merge_partials(out, answered(out, sampled, judge), questions, threshold, judge)
+                  if rank == 0 else None)[0]
     if isinstance(kept, str):
         raise RunError(kept)
     return kept
@@ -287,18 +224,24 @@ def question_keys(questions):
     return keys
 
 
-def answered(out):
-    """{question key: row} of what every rank has written down, the last row of a question."""
-    files = sorted(out.parent.glob(f"{out.name}.rank-*.partial"))
-    return {row["key"]: row for file in files for row in read_jsonl(file)}
+def answered(out, sampled, judge):
+    """{question key: row} of what every rank has written down, whole and `sampled` alike; the last of each."""
+    rows = {}
+    for file in sorted(out.parent.glob(f"{out.name}.rank-*.partial")):
+        for row in read_jsonl(file):
+            if isinstance(row, dict) and row == sealed(row) and row["sampled"] == sampled:
+                again = {} if row["judge"] == judge.name else {"scores": [None] * len(row["answers"])}
+                rows[row["key"]] = row | again
+    return rows
 
 
-def merge_partials(out, questions, threshold, judge):
-    """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent.
+def merge_partials(out, rows, questions, threshold, judge):
+    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions, complete or absent.
 
-    Returns how many; or a sentence, where too many scores are missing.
+    Returns how many; or a sentence, where too many scores are missing. A wrong answer is not kept,
+    whatever its score, where the task can tell: all but general questions, which may ask for prose.
     """
-    rows, kept = answered(out), []
+    kept = []
     rows = [(question, key, rows[key]) for question, key in zip(questions, question_keys(questions)) if key in rows]
     wanted, had = (sum(len(row["scores"]) - none * row["scores"].count(None) for *_, row in rows) for none in (0, 1))
     if had < wanted:
@@ -307,26 +250,21 @@ def merge_partials(out, questions, threshold, judge):
             return f"{said}. All sampled answers are kept; put it right and continue with --resume"
         say(said)
     for question, key, row in rows:
-        score, place = max(((score, -n) for n, score in enumerate(row["scores"]) if score is not None), default=(0, 0))
+        prose = task_of(question) is TASKS["general"]
+        scored = [(score, -n) for n, score in enumerate(row["scores"]) if score is not None]
+        right = [pair for pair in scored if prose or is_correct(row["answers"][-pair[1]], question)]
+        score, place = max(right, default=(0, 0))
         if score > threshold:
             kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [
                 os.path.abspath(image) for image in question.images], "question": key, "score": score,
                 "judge": judge.name, "source": question.where})
-    aside = out.with_name(f".writing-{out.name}")
-    with open(aside, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(out)
+    write_aside(out, "".join(json.dumps(row) + "\n" for row in kept))
     return len(kept)
 
 
 def chat_turns(question, answer):
     """A question as it was asked, earlier turns and places of images included, and an answer, as chat messages."""
-    turns = [*question.history, ("user", question.problem)]
-    if question.images and not any("<image>" in text for _, text in turns):  # images come first without being told
-        first = [role for role, _ in turns].index("user")
-        turns[first] = ("user", "<image>" * len(question.images) + turns[first][1])
+    turns = with_places([*question.history, ("user", question.problem)], len(question.images))
     return [{"role": role, "content": text} for role, text in (*turns, ("assistant", answer))]
 
 
@@ -356,7 +294,6 @@ def answer(args):
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        
         size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
         view(args.image[0], size, [("red", boxes)]).save(args.out)
         print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)

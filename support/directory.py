@@ -73,6 +73,14 @@ class RunDirectory:
         """Where a checkpoint within a stage is kept."""
         return self.out / "checkpoints" / f"{global_step:07d}"
 
+    def weights_before(self, index):
+        """A name of the weights that a stage begins with: digests, of the base's or the last stage's end."""
+        if index:
+            files = read_record(self.stage_end(index - 1) / "state.json")["files"]
+        else:
+            files = read_record(self.out / "config.json")["made_of"]["model"]
+        return {name: value for name, value in files.items() if not name.endswith(".jsonl")}
+
     def last_checkpoint(self):
         """What a sentence calls the checkpoint that a run would be resumed from."""
         return next((path for path, _ in self.checkpoints()[0]), "the base model")
@@ -249,9 +257,8 @@ class RunDirectory:
         if samples.exists():
             rows = [row for row in read_jsonl(samples) if row.get("step", step + 1) <= step]
             write_aside(samples, "".join(json.dumps(row) + "\n" for row in rows))
-        stages = state["stage"] + (not changed or state["stage_step"] > 0)  # whose kept answers are still right
         for file in self.out.glob("rejected-[0-9]*"):
-            if int(file.name.split("-")[1].split(".")[0]) > stages:
+            if int(file.name.split("-")[1].split(".")[0]) > state["stage"] + 1:
                 file.unlink()
         rows = state.get("results", [])
         if (self.out / "results.json").exists() and not state["stage_step"]:

@@ -71,15 +71,15 @@ def damage(folder, files):
     return None
 
 
-def seal(value):
-    """Digest of a JSON value, however it is spelled, its own seal aside."""
+def sealed(value):
+    """A dict with its own digest under "sha256", however it is spelled; `value == sealed(value)` if it is whole."""
     rest = {name: part for name, part in value.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def write_record(path, value):
     """Write a dict as JSON that carries its own digest, for `read_record`."""
-    write_aside(path, json.dumps({**value, "sha256": seal(value)}, indent=1))
+    write_aside(path, json.dumps(sealed(value), indent=1))
 
 
 def read_record(path):
@@ -88,9 +88,9 @@ def read_record(path):
     """
     try:
         value = json.loads(Path(path).read_text("utf-8"))
-        if value.pop("sha256") != seal(value):
+        if value != sealed(value):
             raise ValueError("its digest is that of another content")
-        return value
+        return {name: part for name, part in value.items() if name != "sha256"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error

@@ -1,337 +1,301 @@
-r"""Mathematical answers as people write them: numbers, units, roots, tuples. Nobody needs to read it for the method.
+r"""Mathematical answers as people write them: numbers, units, roots, tuples.
 
-`same_math(answer, truth)` is what pays. A number is read in three steps: SPELLING turns LaTeX and typography into plain
-text, TOKEN cuts it, `Grammar` computes sums, products, fractions, roots and powers of bounded size; a unit may follow.
-Nothing is evaluated, nothing is looked for inside prose, and what is left to calculate (7 + 5) is no answer.
+`same_math(answer, truth)` is what pays. `plain` turns LaTeX and typography into plain text; a
+number is a sum of products of bounded size, parsed by Python's `ast` and computed here, and a unit.
+Nothing is evaluated or looked for inside prose, and what is left to calculate is no answer.
 
-    1,234.5    50%    x = 3\frac{1}{2}    \frac{3\sqrt{3}}{2} \text{ cm}^2    2√{2}-2    2.5 \times 10^{3}    (√{3}+1)小时
+    1,234.5  50%  x = 3\frac{1}{2}  \frac{3\sqrt{3}}{2} \text{ cm}^2  2.5 \times 10^3  5 + 7 = 12
 """
+import ast
 import math
 import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from support.answers import END, MAX_ANSWER, parse_letters, undress
+from support.answers import END, parse_letters, undress
 
-MAX_NUMBER = 120                        # characters; a longer number is none
-MAX_TOKENS, MAX_DEPTH, MAX_POWER = 60, 8, 60    # of a number
-MAX_VALUE = 1e300                       # a larger one is none: floats and fractions must not overflow on each other
+MAX_TEXT, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
+MAX_POWER, MAX_VALUE = 60, 1e300        # so that floats and fractions never overflow on each other
 MAX_PARTS = 12                          # of a tuple, set or list; more are compared as text
+ROUGHLY = Fraction(1, 40)               # of the truth: rounding changes it by no more
 
-SPELLING = [(re.compile(pattern), plain) for pattern, plain in (    # LaTeX and typography -> plain text, in this order
-    (r"\\\\(?=[A-Za-z])", r"\\"), (r"(?<=[0-9])(?:\\[,!]|\{,\})+(?=[0-9]{3})", ","), (r",\\! ?(?=[0-9]{3})", ","),
-    (r"^(?:\\?\$ ?([0-9.,]+)|([0-9.,]+) ?\\?\$)$", r"\1\2 dollars"),          # one "$" is money, two are math
-    (r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|(?<=[0-9A-Za-z}])~(?=[0-9A-Za-z\\])", " "),
-    (r"\\([{}%#&])", r"\1"), (r"(?<![\w/.,])([0-9]+(?:\.[0-9]+)?)[eE]\+?(-?[0-9]{1,2})(?![\w.])", r"\1*10^{\2}"),
+CHARACTERS = str.maketrans({
+    **dict.fromkeys("−–—", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("·×⋅∙", "*"),
+    **dict.fromkeys("∘º˚", "°"), "∶": ":", "℃": "°C", "µ": "μ",
+    **{c: f"^{power}" for power, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **dict(zip("½⅓¼¾⅔⅕⅛", (" 1/2", " 1/3", " 1/4", " 3/4", " 2/3", " 1/5", " 1/8")))})
+SIGNS = {name[:-1]: name[-1] for name in (              # LaTeX's name, then the sign
+    "le≤ leq≤ leqslant≤ ge≥ geq≥ geqslant≥ ne≠ neq≠ approx≈ in∈ infty∞ emptyset∅ varnothing∅ cdot* "
+    "times* div/ sqrt√ angle∠ triangle△ cup∪ cap∩ degree° vert| lvert| rvert| pm± piπ alphaα betaβ "
+    "gammaγ deltaδ thetaθ lambdaλ muμ rhoρ sigmaσ phiφ omegaω OmegaΩ").split()}
+
+
+def mixed(match):
+    """A whole number and a proper fraction as one: "1 3/4" -> "7/4"; "1 4/3" stays."""
+    whole, top, bottom = (int(number) for number in match.groups() if number)
+    return f"{whole * bottom + top}/{bottom}" if 0 < top < bottom else match[0]
+
+
+SPELLING = [(re.compile(pattern), spelled) for pattern, spelled in (    # in this order
+    (r"\\\\(?=[A-Za-z]{2})", r"\\"),                                    # escaped twice
+    (r"(?<=[0-9])(?:\\[,!]|\{,\})+(?=[0-9]{3})", ","), (r",\\! ?(?=[0-9])", ""),
+    (r"^(?:\\?\$ ?([0-9.,]+)|([0-9.,]+) ?\\?\$)$", r"\1\2 dollars"),    # one "$" is money, two math
+    (r"\\begin ?\{[bp]?matrix\}", "[["), (r"\\end ?\{[bp]?matrix\}", "]]"), (r"\\{2,4}", "],["),
+    (r"\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[,;:! ]|\\?\$|(?<=[\w{}])~", " "),
+    (r"(?<!\\)&", ","), (r"\\([{}%#&])", r"\1"),
+    (r"(?<![\w/.,])([0-9]+(?:\.[0-9]+)?)[eE]\+?(-?[0-9]{1,2})(?![\w.])", r"\1*10^{\2}"),
     (r"\\(?:text|mathrm|mbox|textbf|mathbf|textnormal|operatorname) ?\{([^{}]*)\}", r" \1 "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\?sqrt(?![A-Za-z])", "√"), (r"(?<![A-Za-z])(?:\\?pi|(?<!\\)Pi)(?![A-Za-z])", "π"),
-    (r"\\(?:cdot|times)(?![A-Za-z])|[·×⋅∙]", "*"), (r"(?:\* ?)?(?:\^ ?\{? ?\\circ ?\}?|\\degree|[∘º˚°])", "°"),
-    ("[−–—]", "-"), ("²", "^2"), ("³", "^3"), ("，", ","), ("：", ":"), ("（", "("), ("）", ")"), ("½", r"\\frac12"),
-    ("¼", r"\\frac14"), ("¾", r"\\frac34"), ("⅓", r"\\frac13"), ("⅔", r"\\frac23"), (r"\s+", " "))]
-UNITS = {name: row.split()[0] for row in (
-    "mm millimeter millimeters 毫米", "cm centimeter centimeters 厘米", "dm decimeter decimeters 分米", "m meter meters "
-    "metre metres 米", "km kilometer kilometers 千米 公里", "in inch inches", "ft foot feet", "yd yard yards",
-    "mi mile miles", "nmi 海里", "g gram grams 克", "kg kilogram kilograms 千克 公斤", "t ton tons 吨", "ml", "l L liter "
-    "liters 升", "lb pound pounds", "s sec second seconds 秒", "min minute minutes 分 分钟", "h hr hour hours 时 小时",
-    "day days 天", "$ dollar dollars", "yuan 元", "€ euro euros", "% percent percentage pct", "° deg degree degrees 度",
-    "rad radian radians", "m/s", "km/h", "unit units 个") for name in row.split()}
-LENGTHS, MONEY = {"mm", "cm", "dm", "m", "km", "in", "ft", "yd", "mi"}, {"$", "€", "yuan"}
-UNIT = re.compile(r"(square |sq |cubic |平方|立方)?([A-Za-z]+(?:/[A-Za-z]+)?|[\u4e00-\u9fff]+|[°%€$])"
-                  r"(?: ?\^? ?\{? ?([23]) ?\}?\^?)?")
-LITERAL = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")   # not \d: any script's
-TOKEN = re.compile(rf" ?({LITERAL.pattern}|\\frac|[-+*/^(){{}}√π])")
-SCALE = re.compile(r"(?:hundred|thousand|[mb]illion|trillion|dozen|half|halves|third|quarter|"
-                   r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th)s?|squared|cubed|"
-                   r"factorial|times|negative|[十百千万亿半倍].*")       # changes the number before it: no unit
-NOT = r"(?! ?(?:no|not|never) ?=)"      # "not = 3" names nothing
-NAMED = re.compile(NOT + r" ?m?(?:\\?angle|∠)? ?\\?[A-Za-zα-ω]{1,5}(?:_\{?[0-9A-Za-z]\}?)? ?= ?")  # x =, m∠ABC =
-
-
-OPTIONS = re.compile(r"(?:[A-J]|\([A-J]\))(?:(?:,? and |[, ] ?)(?:[A-J]|\([A-J]\)))+")
-
-
-class Number(NamedTuple):
-    """A number as it was written: 12.50% -> Number(Fraction(1, 8), 4, "%")."""
-    value: Fraction | float     # exact, a Fraction, unless a root or pi is in it
-    decimals: int | None        # after the point; 0 for an integer; None for a symbolic one (fraction, root, pi, power)
-    unit: str                   # "" for none; "cm^2"
+    (rf"\\({'|'.join(SIGNS)})(?![A-Za-z])", lambda match: SIGNS[match[1]]),
+    (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"), (r"(?<![A-Za-z\\])[pP]i(?![A-Za-z])", "π"),
+    ("<=", "≤"), (">=", "≥"), (r"(?:\* ?)?(?:\^ ?\{? ?\\circ ?\}?|°)", "°"),
+    (r",? and |和", ", "), (r"\s+", " "), (r" ?([{}]) ?(?![A-Za-z])", r"\1"),
+    (r"\\[dtc]?frac ?([0-9])", r"\\frac{\1}"), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"(?<![\w.,/^{}*)√])([0-9]{1,9})(?: ([0-9]{1,9})/([0-9]{1,9})| ?\\frac\{([0-9]{1,9})\}"
+     r"\{([0-9]{1,9})\})(?![0-9.,√π(]| ?/)", mixed))]
 
 
 @lru_cache(64)
 def plain(text):
-    r"""LaTeX and typography as plain text, undressed: r"$\boxed{X = 5 \text{ cm}^{2}}$." -> "X = 5 cm ^{2}"."""
-    text = undress(text)
+    r"""Plain text of LaTeX, undressed: r"$\boxed{X = 5 \text{ cm}^{2}}$." -> "X = 5 cm ^{2}"."""
+    text = undress(text).translate(CHARACTERS)
     for pattern, spelled in SPELLING:
         text = pattern.sub(spelled, text)
     return undress(text)
 
 
+# ---- Numbers and units ----
+
+UNITS = {name: row.split()[0] for row in (
+    "mm millimeter 毫米", "cm centimeter 厘米", "dm decimeter 分米", "m meter metre 米",
+    "km kilometer 千米 公里", "in inch inche", "ft foot feet", "yd yard", "mi mile", "g gram 克",
+    "nmi nautical_mile 海里", "kg kilogram 千克 公斤", "t ton 吨", "mL ml milliliter 毫升",
+    "L l liter litre 升", "lb pound", "s sec second 秒", "min minute 分 分钟", "h hr hour 时 小时",
+    "day 天", "$ dollar", "yuan 元", "€ euro", "% percent percentage pct", "° deg degree 度",
+    "rad radian", "m/s 米/秒", "km/h 公里每小时 公里每小時 千米/时", "unit 个", "J joule 焦", "N newton 牛",
+    "V volt 伏", "W watt 瓦", "Ω ohm 欧", "Pa pascal 帕", "Hz hertz 赫", "mol mole 摩尔", "°C", "°F")
+    for name in row.split()}
+PREFIXED = re.compile(r"[kMmμ](?:J|N|V|W|A|Ω|Pa|Hz|eV|mol|cal)")
+UNIT = re.compile(r"(square |sq |cubic |平方|立方)?((?:nautical )?[A-Za-zΩμ]+(?:/[A-Za-z]+)?|° ?[CF]|"
+                  r"[\u4e00-\u9fff]+(?:/[\u4e00-\u9fff])?|[°%€$])(?: ?\^? ?[{(]?([23])[)}]?\^?)?")
+LITERAL = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+NUMERIC = re.compile(r"[0-9.,√π()*/+^{} -]*")           # not \d: any script's digits
+FRACTION = re.compile(r"\\frac ?\{([^{}]*)\} ?(?:\{([^{}]*)\}|([0-9]))")     # \frac12, too
+UNCLEAR = re.compile(r"/ ?√?[0-9.,π]+ ?[√π(]")          # 1/2√3 may mean two things
+SCALE = re.compile(r"(?:hundred|thousand|[mb]illion|trillion|dozen|half|halves|third|quarter|"
+                   r"(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)th)s?|squared|cubed|sqrt|"
+                   r"factorial|times|negative|[十百千万亿半倍].*")       # changes the number: no unit
+NAME = re.compile(r" ?(?!(?:no|not|never) ?=)(?:(?:m ?)?[∠△|]? ?[A-Za-zα-ω]{1,5}(?:_\{?\w{1,4}\}?)?"
+                  r"\|?|[A-Za-z]\(\w\)|[A-Z]:[A-Z]|\([a-zA-Z](?:, ?[a-zA-Z])+\)) ?= ?")     # f(x) =
+SHOWN = re.compile(r"(?=.*[0-9])(?:\\(?:sin|cos|tan|log|binom|frac|bmod)|[-0-9 .+*/^(){}√π°|!])+")
+
+
+class Number(NamedTuple):
+    """A number as it was written: 12.50% -> Number(Fraction(1, 8), 4, "%")."""
+    value: Fraction | float     # exact, a Fraction, unless a root or pi is in it
+    decimals: int | None        # after the point; 0 for an integer; None for a symbolic one
+    unit: str                   # "" for none; "cm^2"
+
+
 @lru_cache(1024)
 def parse_number(text):
-    """The Number that the whole text is, or None: "5 or 6", "3 + 4", "12 3" -> None.
-
-    A sum or a product counts if a root, pi or a power of ten is in it: 2√2 - 2, 2.5 * 10^3. What is left to calculate
-    is no answer, and what may be read in two ways, 1/2√3, is none either.
-    """
+    """The Number that the whole text is, or None: "3 + 4 = 7" -> 7; "3 + 4", "5 or 6" -> None."""
     if len(text) > 2 * MAX_NUMBER:
         return None
-    text = plain(text)
-    text = NAMED.sub("", text, 1) if NAMED.match(text) else text
+    name = NAME.match(text := plain(text))
+    left, _, text = text[name.end() if name else 0:].rpartition("=")
+    if left:                                            # a calculation = what comes out
+        shown, found = parse_number(left), SHOWN.fullmatch(left) and parse_number(text)
+        return found if found and (not shown or shown.value == found.value) else None
+    pair = text[:1] in ("(", "[", "{") and "," in text  # (1,234), [90,180]
+    if len(text) > MAX_NUMBER or pair or UNCLEAR.search(text):
+        return None
     text = text[1:-1].strip() if text[:1] + text[-1:] == "[]" else text
-    if text[:1] == "(" and text[-1:] == ")" and "," in text:
-        return None                                     # (1,234) is a pair
-    if text[:1] in ("€", "$"):
-        text = f"{text[1:]} {text[0]}"
-    tokens, end = [], 0
-    while (match := TOKEN.match(text, end)) and len(tokens) <= MAX_TOKENS:
-        tokens.append(match[1])
-        end = match.end()
-    unit = read_unit(text[end:].strip())
-    if not tokens or unit is None or len(text) > MAX_NUMBER or len(tokens) > MAX_TOKENS:
+    text = f"{text[1:]} {text[0]}" if text[:1] in ("€", "$") else text
+    for _ in range(5):                                  # from the inside out
+        text = re.sub(r"([√^]) ?\{([^{}]*)\}", r"\1(\2)", text)
+        text = FRACTION.sub(r"((\1)/(\2\3))", text)
+    written = NUMERIC.match(text)[0].strip()
+    unit, number = read_unit(text[len(NUMERIC.match(text)[0]):].strip()), compute(written)
+    if unit is None or number is None:
         return None
-    try:
-        value, _ = Grammar(tokens).whole()
-    except (ValueError, OverflowError, ZeroDivisionError):
-        return None
-    if not abs(value) < MAX_VALUE:                      # nan, too
-        return None
-    digits = "".join(tokens).lstrip("+-").replace(",", "")
+    digits = written.lstrip("+- ").replace(",", "")
     decimals = len(digits.partition(".")[2]) if LITERAL.fullmatch(digits) else None
     if unit == "%":
-        value, decimals = value / 100, None if decimals is None else decimals + 2
-    return Number(value, decimals, unit)
+        number, decimals = number / 100, None if decimals is None else decimals + 2
+    return Number(number, decimals, unit)
 
 
 def read_unit(text):
-    """ "cm2", "sq cm", "平方厘米" -> "cm^2"; "" and "units" -> ""; a word or sign of no known unit is one of its own."""
-    if not text:
-        return ""
+    """ "cm2", "sq cm", "平方厘米" -> "cm^2"; "", "units" -> ""; other words as they are; else None."""
     match = UNIT.fullmatch(text)
     if not match:
-        return None
+        return None if text else ""
     square, name, power = match.groups()
     power = power or {"s": "2", "平": "2", "c": "3", "立": "3"}.get((square or "")[:1], "")
-    known = UNITS.get(name) or (UNITS.get(name.lower()) if len(name) > 1 else None)
-    if known is None and (len(name) < 4 and name.isascii() or name.lower() in ("sqrt", "frac")
-                          or SCALE.fullmatch(name.lower())):
+    name = name.replace("° ", "°").replace(" ", "_")
+    names = (name, *(n.removesuffix("s") for n in (name, name.lower()) if len(n) > 1))
+    unit = next((UNITS[n] for n in names if n in UNITS), name if PREFIXED.fullmatch(name) else "")
+    if not unit and (len(name) < 4 and name.isascii() or SCALE.fullmatch(name.lower())):
         return None                                     # x, sin, million: no unit
-    unit = name.lower() if known is None else known
+    unit = unit or name.lower()
     return "" if unit == "unit" and not power else unit + (f"^{power}" if power else "")
 
 
-class Grammar:
-    """Values of sums, products, fractions, roots and powers over a list of tokens; ValueError for anything else.
+def compute(written):
+    """The value of sums, products, roots and powers: "2√(3)-1" -> 2.46; "3+4", to do, -> None."""
+    numbers = {"π": (math.pi, True)}
 
-    Each rule returns (value, kind): "literal" as written; "ratio" of two literals; "mixed"; "power" of ten;
-    "symbolic" with a root or pi in it. The kind decides what may stand beside it.
-    """
+    def name(match):
+        numbers[f"n{len(numbers)}"] = Fraction(match[0].replace(",", "")), False
+        return f"n{len(numbers) - 1}"
 
-    def __init__(self, tokens):
-        self.tokens, self.depth = tokens[::-1], 0       # the next token is the last
+    written = re.sub(r"(?<=[0-9π)]) ?(?=[√π(])", "@", written)          # a product without a sign
+    for sign, spelled in (("√", "~"), ("^", "**"), ("{", "("), ("}", ")")):
+        written = written.replace(sign, spelled)
+    try:
+        value, _ = walk(ast.parse(LITERAL.sub(name, written), mode="eval").body, numbers)
+        return value if abs(value) < MAX_VALUE else None                # nan is not, either
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None
 
-    def take(self, *wanted):
-        """The next token if it is one of `wanted`, else None."""
-        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else None
 
-    def whole(self):
-        """All tokens as one sum."""
-        found = self.sum()
-        if self.tokens:
+def walk(node, numbers):
+    """(value, whether a root, pi or a power of ten is in it: else it can be no part of a sum)."""
+    if isinstance(node, ast.Name):
+        return numbers[node.id]
+    if isinstance(node, ast.UnaryOp):
+        value, symbolic = walk(node.operand, numbers)
+        if isinstance(node.op, ast.Invert):
+            return math.sqrt(value), True
+        return -value if isinstance(node.op, ast.USub) else value, symbolic
+    if not isinstance(node, ast.BinOp):
+        raise ValueError
+    (left, roots), (right, more) = walk(node.left, numbers), walk(node.right, numbers)
+    sign = type(node.op)
+    if sign is ast.Pow:
+        whole = not roots and not more and (left * right).denominator == 1
+        if not whole or abs(right) > MAX_POWER or isinstance(node.right, ast.BinOp):
             raise ValueError
-        return found
-
-    def sum(self):
-        """[sign] product {+ or - product}; several only if one of them is symbolic."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError
-        sign = -1 if self.take("-", "+") == "-" else 1
-        value, kind = self.product()
-        value, kinds = sign * value, [kind]
-        while sign := self.take("+", "-"):
-            term, kind = self.product()
-            value, kinds = value + (term if sign == "+" else -term), [*kinds, kind]
-        if len(kinds) > 1 and "symbolic" not in kinds:
-            raise ValueError
-        self.depth -= 1
-        return value, kinds[0] if len(kinds) == 1 else "symbolic"
-
-    def product(self):
-        """factor {* factor, / factor, or a root, pi or bracket right behind}; no product of two plain numbers."""
-        value, kind = self.factor()
-        divided = False
-        while self.tokens:
-            if self.take("*"):
-                other, beside = self.factor()
-                if "symbolic" not in (kind, beside) and beside != "power":
-                    raise ValueError
-                value, kind = value * other, "symbolic" if "symbolic" in (kind, beside) else "power"
-            elif self.take("/"):
-                other, beside = self.factor()
-                if beside not in ("literal", "symbolic") or kind not in ("literal", "symbolic"):
-                    raise ValueError
-                value, divided = value / other, True
-                kind = "symbolic" if "symbolic" in (kind, beside) else "ratio"
-            elif self.tokens[-1] in ("√", "π", "("):
-                other, beside = self.factor()
-                if divided or beside != "symbolic":     # 1/2√3 may mean two things; 2(3) is left to calculate
-                    raise ValueError
-                value, kind = value * other, "symbolic"
-            else:
-                break
-        return value, kind
-
-    def factor(self):
-        """A literal, mixed number, power, fraction, root, pi, or a sum in brackets."""
-        if self.take("π"):
-            return math.pi, "symbolic"
-        if self.take("("):
-            return self.closed(")")
-        if self.take("√"):
-            return math.sqrt(self.argument()[0]), "symbolic"
-        if self.take("\\frac"):
-            return self.fraction()
-        value = Fraction(self.literal())
-        if self.take("^"):
-            return self.power(value)
-        if self.take("\\frac"):                                         # 1\frac{3}{4}
-            return self.mixed(value, *self.fraction())
-        if len(self.tokens) > 2 and self.tokens[-2] == "/" and (self.tokens[-1] + self.tokens[-3]).isdigit():   # 1 3/4
-            top, _, bottom = (self.tokens.pop() for _ in range(3))
-            return self.mixed(value, Fraction(int(top), int(bottom)), "ratio")
-        return value, "literal"
-
-    def mixed(self, whole, part, kind):
-        """whole + part, if part is a proper fraction of whole numbers."""
-        if kind != "ratio" or whole.denominator > 1 or not 0 < part < 1:
-            raise ValueError
-        return whole + part, "mixed"
-
-    def literal(self):
-        """The next token's digits."""
-        if not self.tokens or not LITERAL.fullmatch(self.tokens[-1]):
-            raise ValueError
-        return self.tokens.pop().replace(",", "")
-
-    def power(self, base):
-        """base^n of whole numbers, of bounded size."""
-        braced, sign = self.take("{"), -1 if self.take("-") else 1
-        exponent = sign * int(self.literal())
-        if braced and not self.take("}") or abs(exponent) > MAX_POWER or base.denominator > 1 or base > 1000:
-            raise ValueError
-        return base ** exponent, "power" if base == 10 else "ratio"
-
-    def fraction(self):
-        """What stands behind \\frac: two arguments."""
-        (top, above), (bottom, below) = self.argument(digits=1), self.argument(digits=1)
-        return top / bottom, "symbolic" if "symbolic" in (above, below) else "ratio"
-
-    def argument(self, digits=MAX_NUMBER):
-        r"""{sum}, (sum), pi, or a literal of so many digits at most: \frac12 is 1/2."""
-        if opening := self.take("{", "("):
-            return self.closed({"{": "}", "(": ")"}[opening])
-        if self.take("π"):
-            return math.pi, "symbolic"
-        text = self.literal()
-        self.tokens += [text[digits:]] if text[digits:] else []
-        return Fraction(text[:digits]), "literal"
-
-    def closed(self, bracket):
-        """A sum and its closing bracket."""
-        found = self.sum()
-        if not self.take(bracket):
-            raise ValueError
-        return found
+        return left ** right, left == 10
+    again = isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Div)
+    if sign is ast.Div and again or sign is not ast.Div and not roots and not more:
+        raise ValueError                                # 24/1/2 and 3*4 are left to do
+    value = {ast.Add: left + right, ast.Sub: left - right}.get(sign, left * right)
+    return left / right if sign is ast.Div else value, roots or more
 
 
 def same_number(answer, truth):
     """Equal values without different units; "50%" is 0.5, and a bare 50 answers it, too.
 
-    A truth without a unit leaves it open to degrees, money, lengths and areas: 30 is answered by "30°", "30 cm^2", not
-    by "30 rad", "30 km^3". A decimal answer may also round the truth, if it has as many decimals as the truth, two if
-    the truth is symbolic. Truth 1/3: "0.33", "0.333" -> True; "0.3", "0.34" -> False. Truth "3.14": "3.1" -> False.
+    A truth without a unit leaves it open: 30 is answered by "30°", "30 cm^2", not by "30 rad",
+    "30 km^3", "30 m/s". A decimal answer may round the truth a little, if it has as many decimals,
+    or two if the truth is symbolic: "0.33" is 1/3, "0.3", "0.34" are not.
     """
     if not same_unit(answer.unit, truth.unit):
         return False
     if truth.unit == "%" and not answer.unit and answer.value == 100 * truth.value:
         return True
     error = abs(answer.value - truth.value)
-    if error <= (1e-12 * abs(truth.value) if isinstance(error, float) else 0):      # roots and pi are floats
+    if error <= (1e-12 * abs(truth.value) if isinstance(error, float) else 0):  # roots are floats
         return True
-    enough = answer.decimals is not None and answer.decimals >= (2 if truth.decimals is None else truth.decimals)
-    return enough and error <= Fraction(1, 2 * 10 ** answer.decimals)
+    least = 2 if truth.decimals is None else truth.decimals
+    return answer.decimals is not None and answer.decimals >= least and \
+        error <= min(Fraction(1, 2 * 10 ** answer.decimals), ROUGHLY * abs(truth.value))
 
 
 def same_unit(answer, truth):
-    """Whether a unit may answer a truth's, as same_number says; "unit^2" ("square units") stands for any area."""
+    """Whether a unit may answer a truth's; "unit^2" ("square units") stands for any area."""
     (base, _, power), (other, _, raised) = answer.partition("^"), truth.partition("^")
-    if not answer or answer == truth:
-        return True
-    if not truth:
-        return answer in MONEY | {"°", "%"} or base in LENGTHS | {"unit"} and power != "3"
-    return "unit" in (base, other) and power == raised
+    if truth:
+        return not answer or answer == truth or "unit" in (base, other) and power == raised
+    known = not base or base in UNITS or bool(PREFIXED.fullmatch(base))
+    return known and base != "rad" and "/" not in base and power != "3"
 
 
-# ---- Mathematical answers: a letter, a number, a tuple or list of such, or text ----
+# ---- Mathematical answers: letters, a number, a tuple or list of such, or text ----
+
+OPTIONS = re.compile(r"{one}(?:(?:,? and |[, ] ?){one})*".format(one=r"(?:[A-J]|\([A-J]\))"))
+
 
 def same_math(answer, truth, depth=2):
-    """Whether an answer says what the truth says: letter, number, tuple by elements, else normalized text.
+    """Whether an answer says what the truth says: letters, a number, elements, else the same text.
 
-    Of one option letter, A to J, case is no matter; of symbols it is. (a, b) is not (b, a), [a, b) not (a, b].
+    Of option letters, A to J, case is no matter; of symbols it is. (a, b) is not (b, a) nor [a, b).
     """
-    if max(len(answer), len(truth)) > MAX_ANSWER:
-        return False
-    if depth == 2 and re.fullmatch(r"\(?[A-J]\)?", option := undress(truth, END + "!")):
-        said = undress(answer, END)
-        return re.fullmatch(r"\(?[A-Ja-j]\)?", said) is not None and said.strip("()").upper() == option.strip("()")
-    if depth == 2 and OPTIONS.fullmatch(option):        # several letters are a set; (A, B) is a pair
-        return OPTIONS.fullmatch(undress(answer, END).upper().replace(" AND ", " and ")) is not None and \
-            parse_letters(answer) == parse_letters(truth)
+    if max(len(answer), len(truth)) > MAX_TEXT:
+        return answer.split() == truth.split() != []
+    if depth == 2 and OPTIONS.fullmatch(undress(truth, END + "!")):
+        return parse_letters(answer) == parse_letters(truth)
+    if depth == 2 and "≈" in plain(truth):              # what it is, or about how much
+        sides, said = plain(truth).split("≈"), plain(answer).split("≈")[-1]
+        return any(same_math(said, side) for side in sides if parse_number(side))
     if number := parse_number(truth):
         said = parse_number(answer)
         return said is not None and same_number(said, number)
-    parts, others = elements(truth), elements(answer)
-    if depth and parts and others and parts[0] == others[0] and len(parts[1]) == len(others[1]):
-        if parts[0] == "{}":
-            return same_set(others[1], parts[1])
-        return all(same_math(a, b, depth - 1) for a, b in zip(others[1], parts[1]))
+    right, said = elements(truth), elements(answer)
+    if depth and right and said and len(right[1]) == len(said[1]):
+        brackets = {right[0], said[0]}
+        if brackets in ({"{}"}, {"{}", ""}):
+            return same_set(said[1], right[1])
+        if len(brackets) == 1 or brackets == {"[]", ""} and len(right[1]) > 2:  # not an interval
+            return all(len({name_of(a), name_of(b)} - {""}) < 2 and same_math(a, b, depth - 1)
+                       for a, b in zip(said[1], right[1]))
     return normalize(answer) == normalize(truth) != ""
+
+
+def name_of(part):
+    """ "AB=" of "AB = 3", "" of "3"."""
+    name = NAME.match(part)
+    return name[0].replace(" ", "").replace("m∠", "∠") if name else ""
 
 
 def same_set(answers, truths):
     """Elements in any order."""
     left = list(truths)
     for answer in answers:
-        match = next((i for i, truth in enumerate(left) if same_math(answer, truth, depth=0)), None)
+        match = next((truth for truth in left if same_math(answer, truth, depth=0)), None)
         if match is None:
             return False
-        left.pop(match)
+        left.remove(match)
     return True
 
 
-def elements(text):
-    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, braces, and "" for a bare list; None for others."""
-    text, brackets = plain(text[:MAX_ANSWER]), ""
-    parts, depth, start, outer = [], 0, 0, True
+def cut(text, marks):
+    """Pieces from each mark outside brackets on: ("1-x(2-y)", "-") -> ["1", "-x(2-y)"]."""
+    depth, places = 0, [0]
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
-        outer &= depth > 0 or i == len(text) - 1
-    if outer and depth == 0 and text[:1] in "([{" and text[-1:] in ")]}" and len(text) > 2:
+        places += [i] if depth == 0 and c in marks else []
+    return [text[start:end] for start, end in zip(places, [*places[1:], len(text)])]
+
+
+def elements(text):
+    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None.
+
+    Sorted where all have names: "y = 2, x = 1" is ("", ["x = 1", "y = 2"]).
+    """
+    if len(text) > MAX_TEXT:
+        return None
+    name, brackets = NAME.match(text := plain(text)), ""
+    text = text[name.end():] if name and text[name.end():][:1] in tuple("([{") else text
+    if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and len(cut(text, ")]}")) == 2:
         brackets, text = text[0] + text[-1], text[1:-1]
-    depth = 0
-    for i, c in enumerate(text + ","):
-        depth += (c in "([{") - (c in ")]}")
-        if c in ",;" and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return (brackets, parts) if depth == 0 and 1 < len(parts) <= MAX_PARTS and all(map(str.strip, parts)) else None
+    parts = [part.lstrip(",;").strip() for part in cut(text, ",;")]
+    parts = sorted(parts, key=name_of) if all(map(name_of, parts)) else parts
+    return (brackets, parts) if 1 < len(parts) <= MAX_PARTS and all(parts) else None
 
 
 def normalize(text):
-    r"""Plain text without spaces beside signs; words in lower case, symbols as they are: r"$3x + 2$." -> "3x+2"."""
-    text = re.sub(r"(?<=\\frac)\{([0-9])\}|(?<![0-9])\{([0-9])\}(?![0-9{])|\{([A-Za-z])\}", r"\1\2\3",
-                  plain(text[:MAX_ANSWER]))
+    """No spaces beside signs, a sum's terms sorted, words in lower case: "$3x + 2$" -> "+2+3x"."""
+    text = plain(text)
+    if re.fullmatch(r"[A-Za-z' -]*", text) and re.search("[A-Za-z]{3}", text):
+        return text.lower()
+    text = FRACTION.sub(r"(\1)/(\2\3)", text)
+    text = re.sub(r"\{([0-9])\}(?![0-9{])|\{([A-Za-z])\}|(?<![\w)])\(([0-9]+|[A-Za-z])\)(?![\w(])",
+                  r"\1\2\3", text)
     text = re.sub(r" ?([^0-9A-Za-z\s]) ?", r"\1", text)
-    return text.lower() if re.fullmatch(r"[A-Za-z' -]*[A-Za-z]{3}[A-Za-z' -]*", text) else text
+    text = re.sub(r"(?<![0-9])\*|\*(?![0-9])|\\(?=[A-Za-z])", "", text)     # 2*x is 2x, \gcd is gcd
+    sides = text.split("=") if text and not re.search("[<>≤≥≈,:;]", text) else []
+    terms = [cut(side if side[:1] in ("+", "-") else f"+{side}", "+-") for side in sides]
+    return "=".join("".join(sorted(side)) for side in terms) or text

@@ -9,7 +9,7 @@ import pytest
 
 from rewards import Example
 from support import endpoint as module
-from support.endpoint import parse_score
+from support.endpoint import EndpointJudge, parse_score
 from support.words import UserError
 
 RIGHT, CASE = "<think>1 + 1 = 2</think><answer>2</answer>", Example(problem="1 + 1?", solution="<answer>2</answer>")
@@ -54,7 +54,7 @@ def fair(body):
 def quick(monkeypatch):
     """No waiting between tries; what would have been waited for."""
     waited = []
-    monkeypatch.setattr(Judge, "_wait", lambda self, seconds: waited.append(seconds) or sum(waited) < 1000)
+    monkeypatch.setattr(EndpointJudge, "_wait", lambda self, seconds: waited.append(seconds) or sum(waited) < 1000)
     return waited
 
 
@@ -79,7 +79,7 @@ def test_anything_else_is_no_score(reply):
 def test_a_base_address_or_the_whole_path_with_or_without_a_slash(endpoint, tail):
     url, replies, seen = endpoint
     replies[:] = [(200, {}, fair)]
-    judge = Judge(url + tail, "judge-1")
+    judge = EndpointJudge(url + tail, "judge-1")
     judge.probe()
     assert judge(RIGHT, CASE) == 95 and judge.url == url + "/chat/completions"
     assert seen[0][1]["model"] == "judge-1" and seen[0][1]["max_tokens"] > 0 and seen[0][1]["temperature"] == 0
@@ -87,7 +87,7 @@ def test_a_base_address_or_the_whole_path_with_or_without_a_slash(endpoint, tail
 
 def test_a_malformed_reply_is_asked_again_then_is_no_score(endpoint, quick):
     url, replies, seen = endpoint
-    judge = Judge(url)
+    judge = EndpointJudge(url)
     replies[:] = ["I will not", b"\x00garbage", '{"score": 88}']
     assert judge(RIGHT, CASE) == 88 and len(seen) == 3
     for hostile in (b"", b"[]", b"{}", b'{"choices": []}', b"[" * 100_000, b"\xff\xfe",
@@ -102,20 +102,20 @@ def test_what_will_never_do_is_asked_once_and_the_servers_reason_is_shown(endpoi
     url, replies, seen = endpoint
     replies[:] = [(code, {}, b'{"error": "no model of that name"}')]
     with pytest.raises(UserError, match="no model of that name"):
-        Judge(url).probe()
+        EndpointJudge(url).probe()
     assert len(seen) == 2 and not quick, "the right and the wrong case, once each"
 
 
 def test_a_busy_server_is_asked_again_when_it_says(endpoint, quick):
     url, replies, seen = endpoint
     replies[:] = [(429, {"Retry-After": "7"}, b"busy"), (503, {}, b"starting"), (500, {}, b"oops"), '{"score": 88}']
-    assert Judge(url)(RIGHT, CASE) == 88 and quick == [7.0, 1.0, 2.0]
+    assert EndpointJudge(url)(RIGHT, CASE) == 88 and quick == [7.0, 1.0, 2.0]
 
 
 def test_a_server_that_refuses_the_temperature_is_asked_without_it(endpoint):
     url, replies, seen = endpoint
     replies[:] = [(400, {}, b'{"error": "temperature must be 1"}'), '{"score": 88}']
-    judge = Judge(url)
+    judge = EndpointJudge(url)
     assert judge(RIGHT, CASE) == 88 and "temperature" not in seen[1][1]
     judge(RIGHT, CASE)
     assert "temperature" not in seen[2][1]
@@ -126,13 +126,13 @@ def test_another_scale_does_not_pass_the_probe(endpoint, right, wrong):
     url, replies, _ = endpoint
     replies[:] = [f'{{"score": {right}}}', f'{{"score": {wrong}}}']
     with pytest.raises(UserError, match="does not score from 0 to 100"):
-        Judge(url).probe()
+        EndpointJudge(url).probe()
 
 
 def test_the_key_comes_from_the_environment_and_stays_out_of_sight(endpoint, quick, monkeypatch, capsys):
     url, replies, seen = endpoint
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key\n")
-    judge = Judge(url)
+    judge = EndpointJudge(url)
     replies[:] = ['{"score": 88}']
     assert judge(RIGHT, CASE) == 88 and seen[0][0]["Authorization"] == "Bearer secret-key"
     replies[:] = [(401, {}, b"the key secret-key is unknown")]
@@ -144,20 +144,20 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_sight(endpoint, qui
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "no url", "ftp://x/", "http://no.such.host.invalid/v1"])
 def test_an_endpoint_that_does_not_answer_is_a_sentence(url, quick):
     with pytest.raises(UserError, match="judge_url"):
-        Judge(url, timeout=1).probe()
+        EndpointJudge(url, timeout=1).probe()
 
 
 def test_a_judge_that_sends_a_byte_now_and_then_is_given_up(endpoint, quick):
     url, replies, _ = endpoint
     replies[:] = [b"slow" * 50]
-    judge, started = Judge(url, timeout=0.5, patience=0.1), time.monotonic()
+    judge, started = EndpointJudge(url, timeout=0.5, patience=0.1), time.monotonic()
     assert judge(RIGHT, CASE) is None and "longer than 1 s" in judge.problem and time.monotonic() - started < 10
 
 
 def test_nobody_waits_for_a_judge_when_the_run_stops(endpoint):
     url, replies, seen = endpoint
     replies[:] = [(503, {"Retry-After": "100"}, b"later")]
-    judge, got = Judge(url), []
+    judge, got = EndpointJudge(url), []
     thread = threading.Thread(target=lambda: got.append(judge(RIGHT, CASE)))
     thread.start()
     while not seen:
@@ -170,9 +170,9 @@ def test_nobody_waits_for_a_judge_when_the_run_stops(endpoint):
 def test_a_judge_that_is_gone_is_not_waited_for_answer_by_answer(endpoint, quick):
     url, replies, seen = endpoint
     replies[:] = [(404, {}, b"gone")]
-    judge = Judge(url)
+    judge = EndpointJudge(url)
     assert {judge(RIGHT, CASE) for _ in range(module.GIVE_UP + 30)} == {None} and len(seen) == module.GIVE_UP
 
 
 def test_without_an_address_rules_judge():
-    assert Judge()(RIGHT, CASE) > 50 and Judge().name == "rules" and Judge("http://x/v1", "m").name.startswith("m at")
+    assert EndpointJudge()(RIGHT, CASE) > 50 and EndpointJudge().name == "rules" and EndpointJudge("http://x/v1", "m").name.startswith("m at")

@@ -11,7 +11,7 @@ import pytest
 import rewards
 import rewards as tasks
 from rewards import accuracy_reward, format_reward, is_correct
-from sample import fluency, quality_parts, quality_score
+from sample import quality_score
 from support import answers
 from support import numbers as numerals
 from support.answers import (
