@@ -114,7 +114,7 @@ def check_template(path, tokenizer):
 
 
 def base_config(path, processor):
-    """The configuration of a checkpoint that can be trained, of one Qwen2.5-VL with its processor; or UserError."""
+    """The configuration of a checkpoint that can be trained, one Qwen2.5-VL with its processor; else UserError."""
     if "adapter_config.json" in processor.files:
         raise UserError(f"{path} holds an adapter (adapter_config.json), which would be left out; merge it "
                         "into the weights (peft: merge_and_unload), or remove the file")
@@ -128,7 +128,7 @@ def base_config(path, processor):
         raise UserError(f"{path} is quantized, and quantized weights cannot be trained; name the checkpoint "
                         "it was made of")
     tokenizer, images, vision = processor.tokenizer, processor.image_processor, config.vision_config
-    count, vocabulary, hidden = len(tokenizer), config.text_config.vocab_size, config.text_config.hidden_size
+    count, vocabulary = len(tokenizer), config.text_config.vocab_size
     wrong = [f"{name} is not that of the tokenizer's {token}" for name, token in TOKENS.items()
              if getattr(config, name) != tokenizer.convert_tokens_to_ids(token)]
     if count > vocabulary:
@@ -136,8 +136,6 @@ def base_config(path, processor):
     shown = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     if not shown == (14, 2, 2) == (images.patch_size, images.merge_size, images.temporal_patch_size):
         wrong.append("model and image processor do not both merge 2 by 2 patches of 14 pixels and 2 frames")
-    if vision.out_hidden_size != hidden:
-        wrong.append(f"{vision.out_hidden_size} numbers leave the vision tower, {hidden} are taken")
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}")
     return config

@@ -23,11 +23,11 @@ def box_convention(boxes) -> str:
     turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
     sized = all(0 <= box[n] <= size[n] + 1 - box[n + 2] for box, size in boxes for n in (0, 1))
     if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, width, height], "
-                f"which they seem to be. {CONVERT} xywh` writes corners.")
+        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, width, "
+                f"height], which they seem to be. {CONVERT} xywh` writes corners.")
     if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
-        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: they seem to "
-                f"be thousandths of it. {CONVERT} thousandths` writes pixels.")
+        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: they seem "
+                f"to be thousandths of it. {CONVERT} thousandths` writes pixels.")
     return ""
 
 
@@ -47,7 +47,7 @@ def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
          f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths "
          f"of the image, {CONVERT} thousandths` writes pixels"),
         (twice, f"{twice} of {len(examples)} rows are there more than once"),
-        (elsewhere, f"{len(elsewhere)} images are named by paths of another machine, and found by their ends"),
+        (elsewhere, f"{len(elsewhere)} images are found by the ends of paths of another machine"),
         (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the first "
                 f'{asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
         (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the first "
@@ -105,8 +105,8 @@ class Watch:
     def signs(self, row):
         """(reason, sentence) of each sign in the last rows."""
         if row["logp_gap"] > self.rounding:
-            yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities are "
-                          f"{row['logp_gap']:.2g} apart, far above rounding: the generator samples another "
+            yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities "
+                          f"are {row['logp_gap']:.2g} apart, far above rounding: the generator samples another "
                           "distribution than the one that is trained (a repetition penalty, top_p, another "
                           "temperature, old weights)")
         if len(self.rows) < self.STEPS:
@@ -121,8 +121,8 @@ class Watch:
             yield "reward", (f"{last} every reward was 0, which teaches nothing; look at samples.jsonl, and "
                              "begin with an easier form or with a model that answers in the format")
         elif equal > 0.9:
-            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which teaches nothing; "
-                            "ask harder questions if they are all right, else easier ones, or raise "
+            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which teaches "
+                            "nothing; ask harder questions if they are all right, else easier ones, or raise "
                             "--num_generations or --temperature")
 
 

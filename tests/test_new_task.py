@@ -96,16 +96,20 @@ def test_its_rows_are_read_checked_and_resized(rows, tmp_path):
 
 def test_a_fork_is_told_what_it_forgot(rows, tmp_path, monkeypatch, capsys):
     """81 of 320 options lay outside their image when `resize` knew boxes only, or was not there."""
-    with pytest.raises(ValueError, match=r"\(readable\)"):
-        replace(POINT, readable=None)
-    with pytest.raises(ValueError, match=r"\(wrong\)"):
-        replace(POINT, wrong=None)
+    for name in ("readable", "wrong"):
+        with pytest.raises(ValueError, match=rf"\({name}\)"):
+            replace(POINT, **{name: None})
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=resize_boxes))
     with pytest.raises(UserError, match=r"`resize` of task point finds no .* in '\{\"point_2d"):
         read(tmp_path, *rows)
+    origin = replace(POINT, spell=lambda _: spell_point(0, 0), right=lambda _: [spell_point(0, 0)])
+    monkeypatch.setitem(TASKS, "point", replace(origin, resize=resize_boxes, accuracy=lambda *_: 1.0))
+    read(tmp_path, rows[0])  # which no change of size changes
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=None))
     read(tmp_path, *rows)
     assert "20 answers of tasks without `resize` hold lists of numbers" in capsys.readouterr().err
+    read(tmp_path, rows[0] | {"task": "math", "solution": "[1, 2]", "image": []})
+    assert capsys.readouterr().err == "", "nor where there is no image"
 
 
 def test_its_answers_are_paid(rows, tmp_path):
