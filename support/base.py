@@ -114,7 +114,7 @@ def check_template(path, tokenizer):
 
 
 def base_config(path, processor):
-    """The configuration of a checkpoint that can be trained, one Qwen2.5-VL with its processor; else UserError."""
+    """The configuration of a checkpoint that can be trained and fits its processor; else UserError."""
     if "adapter_config.json" in processor.files:
         raise UserError(f"{path} holds an adapter (adapter_config.json), which would be left out; merge it "
                         "into the weights (peft: merge_and_unload), or remove the file")

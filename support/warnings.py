@@ -106,9 +106,9 @@ class Watch:
         """(reason, sentence) of each sign in the last rows."""
         if row["logp_gap"] > self.rounding:
             yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities "
-                          f"are {row['logp_gap']:.2g} apart, far above rounding: the generator samples another "
-                          "distribution than the one that is trained (a repetition penalty, top_p, another "
-                          "temperature, old weights)")
+                          f"are {row['logp_gap']:.2g} apart, far above rounding: the generator samples "
+                          "another distribution than the one that is trained (a repetition penalty, top_p, "
+                          "another temperature, old weights)")
         if len(self.rows) < self.STEPS:
             return
         reward, truncated, equal = (sum(row[name] for row in self.rows) / self.STEPS

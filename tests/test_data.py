@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from runs import load_rows
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data import (
@@ -12,18 +13,8 @@ from data import (
 from rewards import Example, accuracy_reward, format_reward, truth_boxes
 from support.base import MIN_PIXELS
 from support.rows import find_files
-from support.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.tiny import SPECIAL, tiny_data, tiny_image, write_jsonl
 from support.words import UserError
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def processor(checkpoint):
-    return Processor.from_pretrained(checkpoint)
 
 
 @pytest.fixture
@@ -33,10 +24,6 @@ def picture(tmp_path):
 
 def row(**fields):
     return {"problem": "How many?", "solution": "<answer>3</answer>", "task": "math", **fields}
-
-
-def load(folder, *rows, **options):
-    return load_examples(write_jsonl(folder / "rows.jsonl", rows), **options)
 
 
 # ---- Reading ----
@@ -62,7 +49,7 @@ def test_odd_but_released_rows_are_read(tmp_path):
     write_jsonl(tmp_path / "rows.json", [json.dumps([row(solution=3, task=None)])])
     (example,) = load_examples(tmp_path / "rows.json", task="math")  # bare int, task by flag, list
     assert example.solution == "3"
-    (example,) = load(tmp_path, "\ufeff" + json.dumps(row(problem="a\u2028b")))  # odd line end
+    (example,) = load_rows(tmp_path, "\ufeff" + json.dumps(row(problem="a\u2028b")))  # odd line end
     assert example.problem == "a\u2028b" and example.where.endswith("rows.jsonl:1")
 
 
@@ -70,14 +57,14 @@ def test_all_bad_rows_are_named_at_once_with_their_lines(tmp_path, capsys):
     rows = [row(), "{broken", "[1]", row(problem=" "), row(solution=None),
             row(task="segment"), row(task=None)]
     with pytest.raises(UserError) as error:
-        load(tmp_path, *rows)
+        load_rows(tmp_path, *rows)
     words = "broken JSON", "not a JSON object", '"problem"', '"solution"', "'segment'", "--task"
     for line, (word, said) in enumerate(zip(words, str(error.value).splitlines()[1:]), 2):
         assert f"rows.jsonl:{line}: " in said and word in said
-    assert len(load(tmp_path, *rows, skip_bad_rows=True)) == 1
+    assert len(load_rows(tmp_path, *rows, skip_bad_rows=True)) == 1
     assert "dropped 6 of 7 rows" in capsys.readouterr().err
     with pytest.raises(UserError) as error:
-        load(tmp_path, *["{"] * 30)
+        load_rows(tmp_path, *["{"] * 30)
     assert ".. and 10 more" in str(error.value) and len(str(error.value).splitlines()) == 23
 
 
@@ -88,7 +75,7 @@ def test_boxes_of_truth_and_problem_share_the_models_pixels(tmp_path, processor)
     box = row(task="detection", image="a.png", problem="Is [100, 80, 500, 400] it?")
     rows = (box | {"form": "binary", "solution": "yes"},
             box | {"form": "open", "solution": '[{"bbox_2d": [1e2, 80.0, 500, 400]}]'})
-    asked, opened = load(tmp_path, *rows, max_pixels=112 * 112)
+    asked, opened = load_rows(tmp_path, *rows, max_pixels=112 * 112)
     assert asked.size == opened.size == (112, 84)  # not the original, not the largest, not square
     assert asked.problem == opened.problem == "Is [11, 8, 56, 42] it?"
     assert truth_boxes(opened) == [[11, 8, 56, 42]]
@@ -113,7 +100,7 @@ def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
         return {"conversations": turns, "images": ["a.png"] * images}
 
     several = chat("Hi", "Hello", "Is <image> larger than <image>?", "no", images=2)
-    single, several = load(tmp_path, chat("<image>\nWhat color?", "red"), several)
+    single, several = load_rows(tmp_path, chat("<image>\nWhat color?", "red"), several)
     assert (single.task, single.problem, single.solution) == ("general", "What color?", "red")
     assert several.history == (("user", "Hi"), ("assistant", "Hello"))
     messages = prompt_messages(several)
@@ -121,7 +108,7 @@ def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
     assert [part["type"] for part in messages[2]["content"]] == ["text", "image"] * 2 + ["text"]
     assert processor(several).image_grid_thw.shape == (2, 3)
     with pytest.raises(UserError, match="2 times.*1 images"):
-        load(tmp_path, chat("<image><image>What color?", "red"))
+        load_rows(tmp_path, chat("<image><image>What color?", "red"))
 
 
 def test_prompt_holds_one_token_for_four_patches(tmp_path, processor):
@@ -155,11 +142,11 @@ def test_no_answer_may_hold_special_tokens_or_padded_vocabulary(processor):
     assert not ids & set(processor.response_ids("<|im_start|> <think>a</think>"))
 
 
-def test_a_saved_processor_is_the_checkpoints_own_with_these_limits(tmp_path, checkpoint):
+def test_a_saved_processor_is_the_checkpoints_own_with_these_limits(tmp_path, base):
     """Old limits of a checkpoint neither win nor are written; plain transformers reads what is."""
-    for file in checkpoint.iterdir():
+    for file in base[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    settings = json.loads((base[0] / "preprocessor_config.json").read_text())
     settings |= {"min_pixels": 3136, "max_pixels": 12_845_056}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     path = tiny_image(tmp_path / "a.png", (1000, 1000))

@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from runs import load_rows
 
 import currreft
-from data import instruction, load_examples
+from data import instruction
 from forms import derive, derive_all
 from rewards import TASKS, Task, accuracy_reward, detection_truth_error, format_reward, resize_boxes
 from support.answers import parse_boxes, parse_letters, truth_of
@@ -79,19 +80,15 @@ def rows(tmp_path, monkeypatch):
              "solution": str(box)} for n, box in enumerate(boxes)]
 
 
-def read(folder, *rows):
-    return load_examples(write_jsonl(folder / "open.jsonl", rows))
-
-
 def test_its_rows_are_read_checked_and_resized(rows, tmp_path):
-    example = read(tmp_path, rows[0] | {"solution": '{"bbox_2d": [20, 10, 100, 50]}'})[0]
+    example = load_rows(tmp_path, rows[0] | {"solution": '{"bbox_2d": [20, 10, 100, 50]}'})[0]
     assert example.size == (196, 112) and parse_boxes(truth_of(example)) == [(20, 11, 98, 56)]
     assert instruction(example).endswith('{"point_2d": [x, y]}.')
     for change, words in (({"solution": "the middle"}, "neither"), ({"image": []}, "needs an"),
                           ({"solution": '{"bbox_2d": [20, 10, 900, 50]}'}, "leaves the image"),
                           ({"task": "pointing"}, "'pointing', not one of .*, general, point;")):
         with pytest.raises(UserError, match=words):
-            read(tmp_path, rows[0] | change)
+            load_rows(tmp_path, rows[0] | change)
 
 
 def test_a_fork_is_told_what_it_forgot(rows, tmp_path, monkeypatch, capsys):
@@ -101,19 +98,19 @@ def test_a_fork_is_told_what_it_forgot(rows, tmp_path, monkeypatch, capsys):
             replace(POINT, **{name: None})
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=resize_boxes))
     with pytest.raises(UserError, match=r"`resize` of task point finds no .* in '\{\"point_2d"):
-        read(tmp_path, *rows)
+        load_rows(tmp_path, *rows)
     origin = replace(POINT, spell=lambda _: spell_point(0, 0), right=lambda _: [spell_point(0, 0)])
     monkeypatch.setitem(TASKS, "point", replace(origin, resize=resize_boxes, accuracy=lambda *_: 1.0))
-    read(tmp_path, rows[0])  # which no change of size changes
+    load_rows(tmp_path, rows[0])  # which no change of size changes
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=None))
-    read(tmp_path, *rows)
+    load_rows(tmp_path, *rows)
     assert "20 answers of tasks without `resize` hold lists of numbers" in capsys.readouterr().err
-    read(tmp_path, rows[0] | {"task": "math", "solution": "[1, 2]", "image": []})
+    load_rows(tmp_path, rows[0] | {"task": "math", "solution": "[1, 2]", "image": []})
     assert capsys.readouterr().err == "", "nor where there is no image"
 
 
 def test_its_answers_are_paid(rows, tmp_path):
-    example = read(tmp_path, rows[0])[0]
+    example = load_rows(tmp_path, rows[0])[0]
     assert truth_of(example) == "[0, 0, 78, 45]"
     for answer, accuracy, formatted in (('{"point_2d": [50, 30]}', 1, 1), ("[0, 0, 78, 45]", 0, 0),
                                         ('{"point_2d": [150, 30]}', 0, 1), ("no objects", 0, 0)):
@@ -127,7 +124,7 @@ def test_its_answers_are_paid(rows, tmp_path):
 @pytest.mark.parametrize("alone", [True, False])
 def test_its_questions_hold_points_within_their_own_image(rows, tmp_path, alone):
     """On images of mixed sizes, whether a row's wrong points are invented or lent by other rows."""
-    examples, said = read(tmp_path, *rows), Counter()
+    examples, said = load_rows(tmp_path, *rows), Counter()
     for form in ("binary", "choice"):
         derived = [derive(e, form) for e in examples] if alone else derive_all(examples, form)
         assert len(derived) == len(examples)

@@ -5,13 +5,14 @@ import os
 from collections import Counter
 
 import pytest
+from runs import load_rows
 
 import currreft
-from data import Processor, load_data, load_examples, taught
+from data import load_data, load_examples, taught
 from rewards import TASKS, accuracy_reward
 from support.answers import truth_of
 from support.rows import declared_tasks, find_files, read_rows
-from support.tiny import tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.tiny import tiny_data, tiny_image, write_jsonl
 from support.warnings import text_only_truths
 from support.words import UserError
 
@@ -79,21 +80,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def load(folder, *rows, **options):
-    return load_examples(write_jsonl(folder / "rows.jsonl", rows), **options)
-
-
 # ---- Shapes ----
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return Processor.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("base")))
-
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_shape_is_read_prompted_and_paid_as_it_is(root, processor, shape):
     row, (task, truth, images) = SHAPES[shape]
-    (example,) = load(root, row, task="math")
+    (example,) = load_rows(root, row, task="math")
     assert (example.task, example.form, len(example.images)) == (task, "open", images)
     assert truth in (None, truth_of(example))
     assert ("<image>" in example.problem) == bool(example.history)
@@ -152,7 +144,7 @@ def test_a_chat_of_the_reject_stage_stays_general_under_task(root):
     tiny_data(root)
     questions = load_data(settings(root, "--stages", "reject:1", "--task", "math"))[2]
     assert {e.task for e in questions} == {"general"}
-    assert [load(root, chat(ASK, SAY), task=task)[0].task for task in (
+    assert [load_rows(root, chat(ASK, SAY), task=task)[0].task for task in (
         None, "math", "rows=math", "other=math")] == ["general", "math", "math", "general"]
 
 
@@ -210,20 +202,20 @@ MISREAD = [
 def test_what_would_be_misread_is_a_sentence_with_file_and_line(root, fields, words):
     row = fields if "messages" in fields else {"problem": ASK, "solution": "3", "task": "math"} | fields
     with pytest.raises(UserError) as error:
-        load(root, row)
+        load_rows(root, row)
     assert f"{root / 'rows.jsonl'}:1: " in str(error.value) and words in str(error.value)
 
 
 def test_marked_boxes_of_any_task_are_converted_and_others_counted(root, capsys):
     tiny_image(root / "large.png", (1280, 960))
     box = {"form": "binary", "image": "large.png", "task": "math", "solution": "yes"}
-    marked, loose = load(root, box | {"problem": 'Is it in {"bbox_2d": [128, 96, 640, 480]}?'},
+    marked, loose = load_rows(root, box | {"problem": 'Is it in {"bbox_2d": [128, 96, 640, 480]}?'},
                          box | {"problem": "Is it in [128, 96, 640, 480]?"})
     assert marked.size == (728, 532) and '{"bbox_2d": [73, 53, 364, 266]}' in marked.problem
     assert "[128, 96, 640, 480]" in loose.problem
     assert "1 questions of tasks without boxes" in capsys.readouterr().err
     earlier = chat('Look at {"bbox_2d": [128, 96, 640, 480]}.', "Yes.", ASK, "2", images=["large.png"])
-    (example,) = load(root, earlier)
+    (example,) = load_rows(root, earlier)
     assert "[73, 53, 364, 266]" in example.history[0][1]
 
 
@@ -240,15 +232,15 @@ def test_a_files_convention_is_named_and_never_skipped(root, boxes, words):
     tiny_image(root / "large.png", (640, 480))
     for options in ({}, {"skip_bad_rows": True}):
         with pytest.raises(UserError) as error:
-            load(root, *where(boxes), **options)
+            load_rows(root, *where(boxes), **options)
         assert words in str(error.value) and "tools.convert rows" in str(error.value)
     strange = where([[1, 2, 90, 80]] * 40 + boxes[:1])
-    assert len(load(root, *strange, skip_bad_rows=True)) == 40, "one in forty is a mistake"
+    assert len(load_rows(root, *strange, skip_bad_rows=True)) == 40, "one in forty is a mistake"
 
 
 def test_thousandths_that_no_box_contradicts_are_said(root, capsys):
     tiny_image(root / "large.png", (3000, 2000))
-    load(root, *where([n, n, 900 + n, 990] for n in range(20)))
+    load_rows(root, *where([n, n, 900 + n, 990] for n in range(20)))
     assert "no box passes 1000" in capsys.readouterr().err
 
 
