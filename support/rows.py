@@ -28,12 +28,11 @@ IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a lis
 FILES = ("file_name", "filename", "path")  # likewise, if they end as images do
 UNREAD = ".tif .tiff .heic .avif .svg .mp4 .avi .mov .mkv .webm .wav .mp3"
 MEDIA_ENDINGS = (*ENDINGS, *UNREAD.split())
-MEDIA = re.compile(r"(?i)(image|img|picture|photo|video|audio)s?_?"
-                   r"(path|file|name|url|list|[0-9]{1,3})?s?")
+MEDIA = re.compile(r"(?i)(image|img|picture|photo|video|audio)s?_?(path|file|name|url|list|[0-9]{1,3})?s?")
 PLACE = re.compile(r"<(?:video|audio|bbox|ref-object|ref|box|quad|img|image_?\d{1,3}|ImageHere)>")
 SPEAKS = re.compile(r"(?i)<image>|\b(?:image|picture|photo|figure|diagram)s?\b")
-CLOSING = re.compile(r"(?i)(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final "
-                     r"|correct )?answer is)\s*(?:option )?([^\s.][^\n]*?)\.?\s*$")
+CLOSING = re.compile(r"(?i)(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final |correct )?"
+                     r"answer is)\s*(?:option )?([^\s.][^\n]*?)\.?\s*$")
 
 
 # ---- A data directory ----
@@ -65,9 +64,9 @@ def find_files(data_dir) -> dict:
     places = (root / "SFT_data" / "reject", root / "questions.jsonl")
     questions = next(filter(os.path.exists, places), None)
     if not (any(train.values()) or test or questions):
-        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for "
-                        "train/binary.jsonl (or judge, choice, open) and test/*.jsonl, for "
-                        "SFT_data/reject/*.jsonl and for questions.jsonl.")
+        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or "
+                        "judge, choice, open) and test/*.jsonl, for SFT_data/reject/*.jsonl and for "
+                        "questions.jsonl.")
     return {"train": train, "test": test, "questions": questions}
 
 
@@ -81,12 +80,12 @@ def declared_tasks(text, known) -> dict:
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}. UserError unless one of `known`.
     """
-    declared, text = {}, text if isinstance(text, str) else " ".join(text or ())
-    for word in re.split(r"[\s,]+", text):
+    declared = {}
+    for word in re.split(r"[\s,]+", text if isinstance(text, str) else " ".join(text or ())):
         name, _, task = word.rpartition("=")
         if word and (task not in known or name.lower() in declared):
-            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders that "
-                            f"begin with NAME, said once; TASK is one of {', '.join(known)}.")
+            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders that begin "
+                            f"with NAME, said once; TASK is one of {', '.join(known)}.")
         declared |= {name.lower(): task} if word else {}
     return declared
 
@@ -100,9 +99,8 @@ def file_key(declared, file) -> str:
 
 def row_task(row: dict, file, declared: dict, chat_task=None):
     """A row's own task, else its file's, else a chat's `chat_task`, else that of all others."""
-    if key := file_key(declared, file):
-        return row["task"] or declared[key]
-    return row["task"] or row["chat"] and chat_task or declared.get("")
+    named = declared[key] if (key := file_key(declared, file)) else None
+    return row["task"] or named or row["chat"] and chat_task or declared.get("")
 
 
 def check_names(declared, paths) -> None:
@@ -134,19 +132,35 @@ def file_rows(file) -> list[tuple]:
         text = file.read_text("utf-8-sig")  # any line ends
     except (OSError, UnicodeError) as error:
         raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
-    lines = enumerate(text.split("\n"), 1)
-    rows = json_values(text) or [(n, parsed(line)) for n, line in lines if line.strip()]
+    rows = json_values(text) or [(n, parsed(x)) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
     whole = rows[0][1] if len(rows) == 1 else None
     if isinstance(whole, dict) and not {*PROBLEMS, *TURNS} & {*whole}:
         if {"images", "annotations"} <= {*whole}:
-            raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with "
-                            "python -m tools.convert.")
-        lists = [v for v in whole.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+            raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with python -m "
+                            "tools.convert.")
+        values = list(whole.values())
+        lists = [value for value in values if isinstance(value, list) and isinstance((value or [0])[0], dict)]
         if len(lists) == 1:  # {"version": 1, "data": [rows]}
             whole = lists[0]
-        elif all(isinstance(value, dict) for value in whole.values()):
-            whole = list(whole.values())
+        elif all(isinstance(value, dict) for value in values):
+            whole = values
     return list(enumerate(whole, 1)) if isinstance(whole, list) else rows
+
+
+def json_values(text: str) -> list[tuple]:
+    """[(line it starts on, value)] of JSON values, each beginning a line; [] for any other text."""
+    decoder, found, end, line = json.JSONDecoder(), [], 0, 1
+    try:
+        while start := re.compile(r"\S").search(text, end):
+            skipped, begin = text.count("\n", end, start.start()), start.start()
+            if found and not skipped:
+                return []
+            value, end = decoder.raw_decode(text, begin)
+            found.append((line + skipped, value))
+            line += skipped + text.count("\n", begin, end)
+    except (ValueError, RecursionError):
+        return []
+    return found
 
 
 def parsed(line: str):
@@ -155,22 +169,6 @@ def parsed(line: str):
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         return UserError(f"broken JSON ({error}).")
-
-
-def json_values(text: str) -> list[tuple]:
-    """[(line it starts on, value)] of JSON values, each beginning a line; [] for any other text."""
-    decoder, found, end, line = json.JSONDecoder(), [], 0, 1
-    while start := re.compile(r"\S").search(text, end):
-        skipped = text.count("\n", end, start.start())
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            return []
-        if found and not skipped:
-            return []
-        found.append((line + skipped, value))
-        line += skipped + text.count("\n", start.start(), end)
-    return found
 
 
 def usable_rows(path, results, convention: str, skip: bool) -> list:
@@ -184,9 +182,9 @@ def usable_rows(path, results, convention: str, skip: bool) -> list:
     if not results:
         raise UserError(f"{path} holds no rows.")
     if errors and (convention or not skip or not usable):
-        raise UserError("\n".join([
-            f"{path}: {len(errors)} of {len(results)} rows cannot be used.", *first(errors),
-            convention or "Correct these rows, or drop them with --skip_bad_rows."]))
+        head = f"{path}: {len(errors)} of {len(results)} rows cannot be used."
+        tail = convention or "Correct these rows, or drop them with --skip_bad_rows."
+        raise UserError("\n".join([head, *first(errors), tail]))
     if errors:
         say(f"{path}: dropped {len(errors)} of {len(results)} rows, the first {errors[0]}")
     return usable
@@ -218,8 +216,8 @@ def one_row(row) -> dict:
     spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
     alternating = (["user", "assistant"] * len(spoken))[:len(spoken)]
     if spoken in ([], ["assistant"]) or spoken != alternating or not all(text for _, text in turns):
-        raise UserError("its turns must alternate user and assistant, none empty, and end with the "
-                        'reference answer, or with a question whose "solution" stands beside.')
+        raise UserError("its turns must alternate user and assistant, none empty, and end with the reference "
+                        'answer, or with a question whose "solution" stands beside.')
     chat = answered = spoken[-1] == "assistant"
     if not answered or any(row.get(name) is not None for name in SOLUTIONS[:3]):
         chat, solution = False, text_of(row, SOLUTIONS)
@@ -230,9 +228,9 @@ def one_row(row) -> dict:
     task, form = row.get("task"), row.get("form")
     if not isinstance(task, str | None) or not isinstance(form, str | None):
         raise UserError(f'its "task" {task!r} or its "form" {form!r} is no name.')
-    return {"problem": problem, "solution": solution.replace("thinking>", "think>"), "chat": chat,
-            "images": image_names(row, names, problem), "history": history, "task": task,
-            "form": form}
+    images, solution = image_names(row, names, problem), solution.replace("thinking>", "think>")
+    return {"problem": problem, "solution": solution, "chat": chat, "images": images, "history": history,
+            "task": task, "form": form}
 
 
 def text_of(row: dict, names) -> str:
@@ -269,8 +267,8 @@ def read_turns(turns, key: str) -> tuple[list, list]:
             text = "".join(read_part(part, names) for part in parts).strip()
             read.append((ROLES[turn.get("role") or turn.get("from")], text))
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'"{key}" must be a list of {{"role" or "from": user, assistant or system, '
-                        '"content" or "value": text, or a list of parts}.') from error
+        raise UserError(f'"{key}" must be a list of {{"role" or "from": user, assistant or system, "content" '
+                        'or "value": text, or a list of parts}.') from error
     return read, names
 
 
@@ -300,8 +298,8 @@ def image_names(row: dict, named: list, problem: str) -> list:
     for key, value in row.items():
         unread = MEDIA.fullmatch(key) or not names and names_media(value)
         if value and key not in given and unread:
-            raise UserError(f'its "{key}" seems to name a picture, a video or a sound, and is not '
-                            f'read; {", ".join(IMAGES)} name images. Rename it, or take it out.')
+            raise UserError(f'its "{key}" seems to name a picture, a video or a sound, and is not read; '
+                            f'{", ".join(IMAGES)} name images. Rename it, or take it out.')
     if not names and any(key in row for key in IMAGES) and SPEAKS.search(problem):
         raise UserError("it speaks of an image that is empty; name it, or take the key out.")
     return names
