@@ -28,9 +28,8 @@ from support.answers import BOX, MAX_ANSWER, extract_answer, truth_of
 from support.base import MIN_PIXELS, SPECIAL, read_processors, render, save_processors
 from support.images import find_images, image_sizes, load_image, opened
 from support.ranks import gather, world
-from support.rows import (
-    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task,
-    usable_rows)
+from support.rows import (attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows,
+                          row_task, usable_rows)
 from support.words import RunError, UserError, say
 
 MAX_PIXELS = 401_408  # of a resized image: 512 image tokens

@@ -117,8 +117,7 @@ def exchange(rows: list[Lender], form: str) -> tuple[list, list]:
         for alike in (lambda e: (e.problem, e.size), lambda e: e.problem, lambda e: None):
             groups, few = {}, []
             for row in rest:
-                able = min(len(row.right), TASKS[row.example.task].most) >= lent
-                able = able and not row.has_options(form)
+                able = lent <= min(len(row.right), TASKS[row.example.task].most) and not row.has_options(form)
                 (groups.setdefault(alike(row.example), []) if able else few).append(row)
             rest = few
             for group in groups.values():

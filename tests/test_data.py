@@ -7,11 +7,8 @@ import pytest
 from runs import load_rows
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data import (
-    MAX_PIXELS, Processor, answer_of, batch_indices, instruction, load_examples, model_size,
-    prompt_messages, taught)
+from data import Processor, answer_of, batch_indices, instruction, load_examples, prompt_messages, taught
 from rewards import Example, accuracy_reward, format_reward, truth_boxes
-from support.base import MIN_PIXELS
 from support.rows import find_files
 from support.tiny import SPECIAL, tiny_data, tiny_image, write_jsonl
 from support.words import UserError
@@ -45,14 +42,6 @@ def test_nested_release_keeps_test_files_out_of_training(tmp_path):
     assert [e.problem for e in load_examples(files["train"]["open"])] == ["train/open/coco/a_train"]
 
 
-def test_odd_but_released_rows_are_read(tmp_path):
-    write_jsonl(tmp_path / "rows.json", [json.dumps([row(solution=3, task=None)])])
-    (example,) = load_examples(tmp_path / "rows.json", task="math")  # bare int, task by flag, list
-    assert example.solution == "3"
-    (example,) = load_rows(tmp_path, "\ufeff" + json.dumps(row(problem="a\u2028b")))  # odd line end
-    assert example.problem == "a\u2028b" and example.where.endswith("rows.jsonl:1")
-
-
 def test_all_bad_rows_are_named_at_once_with_their_lines(tmp_path, capsys):
     rows = [row(), "{broken", "[1]", row(problem=" "), row(solution=None),
             row(task="segment"), row(task=None)]
@@ -81,15 +70,6 @@ def test_boxes_of_truth_and_problem_share_the_models_pixels(tmp_path, processor)
     assert truth_boxes(opened) == [[11, 8, 56, 42]]
     with pytest.raises(UserError, match="another max_pixels"):
         processor(opened)
-
-
-@pytest.mark.parametrize("size", [(84, 56), (640, 480), (30, 900), (2, 199), (4000, 41)])
-def test_model_size_is_what_the_processor_does(tmp_path, processor, size):
-    path = tiny_image(tmp_path / "a.png", size)
-    grid = processor(Example(problem="", solution="", images=(str(path),))).image_grid_thw
-    _, rows, columns = grid[0].tolist()
-    assert (columns * 14, rows * 14) == model_size(size)
-    assert MIN_PIXELS <= rows * columns * 196 <= MAX_PIXELS
 
 
 # ---- Prompts and tokens ----

@@ -15,6 +15,7 @@ import data
 from data import refuse_long_prompts
 from rewards import Example
 from support import images
+from support.base import MIN_PIXELS
 from support.images import find_images, image_sizes, inspect_image, load_image, resolve_image
 from support.tiny import tiny_image
 from support.words import RunError, UserError
@@ -191,12 +192,15 @@ def test_a_picture_that_goes_bad_within_a_run_is_named(tmp_path, processor):
         processor(example)
 
 
-def test_the_size_shown_is_made_as_the_image_processor_makes_it(tmp_path, processor):
+@pytest.mark.parametrize("size", [(640, 480), (1999, 1501), (57, 30), (30, 900), (2, 199), (4000, 41)])
+def test_the_size_shown_is_made_as_the_image_processor_makes_it(tmp_path, processor, size):
     """Resized before, a large image never becomes arrays; its pixels are transformers' own."""
-    path = tmp_path / "a.png"
-    for size in ((1999, 1501), (57, 30), (30, 900)):
-        Image.effect_noise(size, 90).convert("RGB").save(path)
-        shown = processor(Example(problem="", solution="", images=(str(path),)))
+    Image.effect_noise(size, 90).convert("RGB").save(path := tmp_path / "a.png")
+    shown = processor(Example(problem="", solution="", images=(str(path),)))
+    _, rows, columns = shown.image_grid_thw[0].tolist()
+    assert (columns * 14, rows * 14) == data.model_size(size)
+    assert MIN_PIXELS <= rows * columns * 196 <= data.MAX_PIXELS
+    if max(size) < 4000:  # resized once more its sides would be too unlike
         plain = processor.image_processor([load_image(path)], return_tensors="pt")
         assert shown.pixel_values.equal(plain["pixel_values"].float())
 

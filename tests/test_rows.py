@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 
 import pytest
 from runs import load_rows
@@ -41,7 +40,7 @@ BOX = {"problem": "Where is the box?", "task": "detection", "image": "a.png"}
 SHAPES = {
     "problem": ({"problem": ASK, "solution": "<answer>1</answer>", "image": "a.png"}, MATH),
     "no image": (PLUS | {"image": None, "images": []}, ("math", "2", 0)),
-    "EasyR1": ({"problem": f"<image>{ASK}", "answer": SAY, "images": ["a.png"]}, MATH),
+    "EasyR1": ({"problem": f"<image>{ASK}", "answer": SAY, "images": ["a.png"], "task": None}, MATH),
     "R1-V": ({"image_path": "a.png", "question": ASK, "ground_truth": 1}, MATH),
     "query and response": ({"query": ASK, "response": SAY, "img": "a.png"}, MATH),
     "TRL": ({"prompt": [turn("user", [IMAGE_PART, TEXT_PART])], "image": "a.png", "solution": SAY}, MATH),
@@ -102,6 +101,7 @@ def test_files_are_lists_objects_and_lines(root):
                         (json.dumps(row, indent=1) + "\n\n" + json.dumps(row, indent=1), [1, 6]),
                         (json.dumps({"7": row, "9": row}, indent=1), [1, 2]),
                         (json.dumps({"version": 1, "data": [row]}), [1]),
+                        ("\ufeff" + json.dumps(row | {"note": "\u2028"}, ensure_ascii=False), [1]),
                         (f"{json.dumps(row)}\r{json.dumps(row)}\r\n", [1, 2])):
         (root / "rows.json").write_text(text)
         examples = load_examples(root / "rows.json", task="math")
@@ -123,13 +123,14 @@ def test_each_file_of_the_released_test_folder_has_its_task(root):
     test = root / "grpo_data" / "test"
     write_jsonl(root / "grpo_data" / "train" / "open.jsonl", [PLUS])
     write_jsonl(test / "superclever" / "superclevr_test200_counting_problems.jsonl",
-                [{"image": "/mnt/authors/images/a.png", "problem": ASK, "solution": 1}])
+                [{"image": "/mnt/authors/images/a.png", "problem": ASK, "solution": 1},
+                 {"problem": "Is it?", "solution": "yes", "form": "binary"}])  # its own form wins
     box = {"image": "a.png", "problem": "Where?", "solution": [1, 2, 30, 40]}
     write_jsonl(test / "Refgta" / "refgta_subsample_resize.json", [json.dumps([box])])
     with pytest.raises(UserError, match="--task names it"):
         load_data(settings(root))
     tests = load_data(settings(root, "--task", "superCLEVR=math", "RefGTA=detection"))[1]
-    assert Counter(e.task for e in tests) == {"math": 1, "detection": 1}
+    assert {(e.task, e.form) for e in tests} == {("math", "open"), ("math", "binary"), ("detection", "open")}
     with pytest.raises(UserError, match="no file or folder of the data begins with 'superclvr'"):
         load_data(settings(root, "--task", "superCLVR=math"))
 
@@ -146,13 +147,6 @@ def test_a_chat_of_the_reject_stage_stays_general_under_task(root):
     assert {e.task for e in questions} == {"general"}
     assert [load_rows(root, chat(ASK, SAY), task=task)[0].task for task in (
         None, "math", "rows=math", "other=math")] == ["general", "math", "math", "general"]
-
-
-def test_a_rows_own_form_wins_over_its_files_name_in_a_data_directory(root):
-    write_jsonl(root / "train" / "open.jsonl", [PLUS])
-    row = {"problem": "Is it?", "solution": "yes", "task": "math", "form": "binary"}
-    write_jsonl(root / "test" / "yesno.jsonl", [row])
-    assert [e.form for e in load_data(settings(root))[1]] == ["binary"]
 
 
 # ---- Nothing misread in silence ----
