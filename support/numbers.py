@@ -16,8 +16,7 @@ from typing import NamedTuple
 from support.answers import END, parse_letters, undress
 
 MAX_TEXT, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
-MAX_POWER, MAX_VALUE = 60, 1e300        # so that floats and fractions never overflow on each other
-MAX_PARTS = 12                          # of a tuple, set or list; more are compared as text
+MAX_PARTS, MAX_POWER, MAX_VALUE = 12, 60, 1e300     # floats and fractions overflow on each other
 ROUGHLY = Fraction(1, 40)               # of the truth: rounding changes it by no more
 
 CHARACTERS = str.maketrans({
@@ -105,8 +104,8 @@ def parse_number(text):
     name = NAME.match(text := plain(text))
     left, _, text = text[name.end() if name else 0:].rpartition("=")
     if left:                                            # a calculation = what comes out
-        shown, found = parse_number(left), SHOWN.fullmatch(left) and parse_number(text)
-        return found if found and (not shown or shown.value == found.value) else None
+        found = parse_number(text) if SHOWN.fullmatch(left) else None
+        return found if found and getattr(parse_number(left), "value", found[0]) == found[0] else None
     pair = text[:1] in ("(", "[", "{") and "," in text  # (1,234), [90,180]
     if len(text) > MAX_NUMBER or pair or UNCLEAR.search(text):
         return None
@@ -115,11 +114,11 @@ def parse_number(text):
     for _ in range(5):                                  # from the inside out
         text = re.sub(r"([√^]) ?\{([^{}]*)\}", r"\1(\2)", text)
         text = FRACTION.sub(r"((\1)/(\2\3))", text)
-    written = NUMERIC.match(text)[0].strip()
-    unit, number = read_unit(text[len(NUMERIC.match(text)[0]):].strip()), compute(written)
+    written = NUMERIC.match(text)[0]
+    unit, number = read_unit(text[len(written):].strip()), compute(written.strip())
     if unit is None or number is None:
         return None
-    digits = written.lstrip("+- ").replace(",", "")
+    digits = written.strip("+- ").replace(",", "")
     decimals = len(digits.partition(".")[2]) if LITERAL.fullmatch(digits) else None
     if unit == "%":
         number, decimals = number / 100, None if decimals is None else decimals + 2
