@@ -234,10 +234,13 @@ def same_math(answer, truth, depth=2):
         return said is not None and same_number(said, number)
     right, said = elements(truth), elements(answer)
     if depth and right and said and len(right[1]) == len(said[1]):
-        brackets = {right[0], said[0]}
-        if brackets in ({"{}"}, {"{}", ""}):
+        brackets, named = {right[0], said[0]}, all(map(name_of, right[1] + said[1]))
+        if named:                                       # y = 2, x = 1
+            right[1].sort(key=name_of)
+            said[1].sort(key=name_of)
+        elif brackets in ({"{}"}, {"{}", ""}):
             return same_set(said[1], right[1])
-        if len(brackets) == 1 or brackets == {"[]", ""} and len(right[1]) > 2:  # not an interval
+        if named or len(brackets) == 1 or brackets == {"[]", ""} and len(right[1]) > 2:
             return all(len({name_of(a), name_of(b)} - {""}) < 2 and same_math(a, b, depth - 1)
                        for a, b in zip(said[1], right[1]))
     return normalize(answer) == normalize(truth) != ""
@@ -270,10 +273,7 @@ def cut(text, marks):
 
 
 def elements(text):
-    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None.
-
-    Sorted where all have names: "y = 2, x = 1" is ("", ["x = 1", "y = 2"]).
-    """
+    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None."""
     if len(text) > MAX_TEXT:
         return None
     name, brackets = NAME.match(text := plain(text)), ""
@@ -281,7 +281,6 @@ def elements(text):
     if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and len(cut(text, ")]}")) == 2:
         brackets, text = text[0] + text[-1], text[1:-1]
     parts = [part.lstrip(",;").strip() for part in cut(text, ",;")]
-    parts = sorted(parts, key=name_of) if all(map(name_of, parts)) else parts
     return (brackets, parts) if 1 < len(parts) <= MAX_PARTS and all(parts) else None
 
 

@@ -67,7 +67,7 @@ A, C <- A | A, B | A, C, D | A or C ;; a/b <- b/a | a, b | ab
 (a, b) <- (b, a) | [a, b] | a, b | {a, b} ;; [a,b) <- (a,b] | [a,b]
 [90,180] <- 90180 | 180 | [90180] ;; [0,180] <- 180 | 0180 ;; (1,234) <- 1234 | {1,234}
 {1, 2} <- {1} | {1, 2, 2} | {1, 3} | (1, 2) ;; [x, x + 1] <- [x + 1, x] | x, x + 1
-AB=3, BC=4 <- BC=3, AB=4 | AC=3, BC=4
+BC=4, AB=3 <- 3, 4 ;; AB=3, BC=4 <- BC=3, AB=4 | AC=3, BC=4 | {AB=4, BC=3}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1&2\\3&5\end{pmatrix}
 x - 1 > y <- x > y - 1 ;; a - b <- b - a ;; \sin(x)=\frac{1}{2} <- \cos(x)=\frac{1}{2}
