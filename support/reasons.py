@@ -37,8 +37,7 @@ def sentences(text):
 
 def kind(token):
     """What a token may be as an answer: a number, yes or no, an option's letter; "" for none."""
-    return "0" if token[0].isdigit() else "(" if token[0] == "(" else \
-        "yes" if token in ("yes", "no") else ""
+    return "0" if token[0].isdigit() else "(" if token[0] == "(" else "yes" if token in ("yes", "no") else ""
 
 
 def substance(said, answer, asked):
