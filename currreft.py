@@ -26,10 +26,12 @@ Shapes: B prompts of this rank, G completions of each, R = B * G completions, T 
     torchrun --nproc_per_node 8 currreft.py --model $M --data DIR --out RUN     # one node; several: README.md
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while libraries load: no traceback. `main` listens later
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before libraries load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile: no traceback. `main` listens later
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # groups differ in lengths
 
 import copy
 import dataclasses
@@ -47,8 +49,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data import (
-    Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
+from data import (Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
 from engine import generate, load_policy
 from packed import forbidden_bias, image_features, pack, token_logps
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward
@@ -320,7 +321,6 @@ def update(run, stage, step, groups):
             loss, token_sums = grpo_loss(logp, *scored[m], advantages, packed.mask, cfg.beta, cfg.epsilon,
                                          cfg.prompts_per_step * cfg.num_generations)
             loss.backward()
-            run.optimizer.collect()
             sums.update(token_sums)
         run.optimizer_step(stage, step, cfg.lr)
     return {name: float(value) for name, value in sums.items()}
@@ -358,7 +358,6 @@ def sft_step(run, stage, step):
         packed = run.pack(prompts[i:i + cfg.micro_batch], [[a] for a in answers[i:i + cfg.micro_batch]])
         loss = sft_loss(token_logps(run.policy, packed, run.bias), packed.mask, num_tokens)
         loss.backward()
-        run.optimizer.collect()
         loss_sum += loss.detach() * num_tokens
     run.optimizer_step(stage, step, cfg.sft_lr)
     return {"loss": (loss_sum.item(), sum(map(len, answers)))}, {"update": time.perf_counter() - started}
@@ -424,7 +423,7 @@ class Run:
         if not self.cfg.beta:
             return
         if self.cfg.reference == "stage" and not resumed:
-            self.policy.engine = None  # its graphs are the policy's; the next rollout makes it anew
+            self.policy.engine = None  # its graphs are the policy's own
             self.reference = copy.deepcopy(self.policy).eval()
         else:
             first = self.cfg.reference == "base" or stage.index == 0
@@ -605,7 +604,7 @@ def train_stage(run, stage, done):
     reference (the policy at this moment, unless --reference base) and the order of the data. Only the weights
     and the count of steps go on.
     """
-    run.optimizer = run.reference = None  # the last stage's are freed before this stage's are made
+    run.optimizer = run.reference = run.policy.engine = None  # freed before this stage's are made
     run.optimizer = ShardedAdamW(run.policy.named_parameters(), run.cfg.offload)
     if done:  # resumed within the stage
         run.optimizer.load(run.optimizer_files)
@@ -635,7 +634,7 @@ def self_improve(run, stage, done):
         run.policy, run.processor, run.questions, kept, judge=judge_of(cfg), samples=cfg.reject_samples,
         threshold=cfg.reject_threshold, max_rows=cfg.max_rows,
         max_completion_length=cfg.max_completion_length, seed=seed_from(cfg.seed, stage.index),
-        on_finish=signals.check)
+        weights=run.directory.weights_before(stage.index), on_finish=signals.check)
     passes = stage.steps * cfg.sft_batch / max(1, count)
     say(f"{stage.name}: kept {count} of {len(run.questions)} questions, in {kept}; {stage.steps} steps of "
         f"{cfg.sft_batch} are {passes:.3g} passes over them")

@@ -51,16 +51,22 @@ def instruction(example: Example) -> str:
 def prompt_messages(example: Example) -> list[dict]:
     """Chat messages for the template: one user turn of images, problem, newline, instruction.
 
-    Chat rows have their earlier turns before it. Where a text says `<image>`, images stand there.
+    Chat rows have their earlier turns before it.
     """
     turns = [*example.history, ("user", f"{example.problem}\n{instruction(example)}")]
-    if not any("<image>" in text for _, text in turns):
-        first = [role for role, _ in turns].index("user")
-        turns[first] = ("user", "<image>" * len(example.images) + turns[first][1])
+    turns = with_places(turns, len(example.images))
     pieces = [(role, filter(None, re.split("(<image>)", text))) for role, text in turns]
     return [{"role": role, "content": [
         {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
         for piece in content]} for role, content in pieces]
+
+
+def with_places(turns: list[tuple], images: int) -> list[tuple]:
+    """(role, text) turns in which each image has its `<image>`: first in the first question, unless told."""
+    if any("<image>" in text for _, text in turns):
+        return turns
+    first = [role for role, _ in turns].index("user")
+    return [*turns[:first], ("user", "<image>" * images + turns[first][1]), *turns[first + 1:]]
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""Scoring: one prompt shared by its G completions, as one row of real tokens, and the log-probability of each token.
+"""Scoring: a prompt and its G completions as one row of tokens, and the log-probability of each.
 
-A GRPO group is G completions of one prompt. Prompts and completions lie in one row, every prompt (and its images) once.
-A prompt attends to itself causally; a completion attends to its prompt and, causally, to itself. Log-probabilities and
-gradients equal those of G separate rows. `token_logps` is what the method calls; above it, how it is done.
+Every prompt, with its images, lies in the row once and attends to itself causally; a completion
+attends to its prompt and, causally, to itself. Log-probabilities and gradients equal those of G
+separate rows. `token_logps` is what the method calls.
 
-Shapes: N tokens of the packed row, B prompts of up to P tokens, R completions of up to T tokens (R = B * G in GRPO),
-H hidden size, V vocabulary.
+Shapes: N tokens of the packed row, B prompts of up to P tokens, R completions of up to T tokens
+(R = B * G in GRPO), H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,23 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+# What this file puts where transformers does not expect it: two attention functions under names of
+# their own; `forward` of the norms and of the patch embedding, as fewer kernels for the same
+# numbers; a Packed row as the text model's attention mask, which it hands to our function unread;
+# `cu_seq_lens_q.windows`, the vision tower's tables, made once a forward pass. engine.py adds a
+# Cache with an `update` of its own, and `model.engine`.
+
 
 def attach_attention(model):
-    """Let a Qwen2.5-VL attend, norm and embed patches by this file's functions; returns the model."""
-    # On Hopper SDPA would take cuDNN first, which builds a plan for every new shape: nearly every group has one.
+    """Let a Qwen2.5-VL attend, norm and embed patches by this file's functions; returns it."""
+    # On Hopper SDPA would take cuDNN first, which builds a plan for every new shape: every group.
     torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
     AttentionInterface.register("windowed_flash", windowed_attention)
-    # Set on the configs and not asked for at loading, where transformers would look for such a flash kernel on the hub.
+    # Not asked for at loading, when transformers would look for such a kernel on the hub.
     model.config.text_config._attn_implementation = "shared_prefix"
     model.config.vision_config._attn_implementation = "windowed_flash"
-    for module in model.modules():  # two kernels in place of eight, in scoring and training as in decoding
+    for module in model.modules():  # two kernels in place of eight
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(rms_norm, module)
     patches = model.model.visual.patch_embed
@@ -35,110 +41,94 @@ def attach_attention(model):
 
 @dataclass
 class Packed:
-    """Prompts and their completions as one row of N real tokens: all prompts first, then all completions.
+    """Prompts and their completions as one row of N real tokens: all prompts, then all completions.
 
-    The row has *places* 0 .. N-1 and no padding. Attention wants rectangles: a table of prompts (B, P) and one of
-    completions (R, T), whose *slots* are numbered line by line. A place says where in the row a slot's token lies, a
-    slot where in its table a token of the row goes; padded slots point at some place that nobody reads.
+    The row has *places* 0 .. N-1 and no padding. Attention wants rectangles: a table of prompts
+    (B, P), one of completions (R, T), whose *slots* are numbered line by line. A place says where
+    in the row a slot's token lies, a slot where in its table a token of the row goes. Padded slots
+    point at some place that nobody reads. N_p tokens are in prompts, N_c in completions.
 
-    Two prompts, "a b c" and "d e", with two completions each, "f g" and "h", "i" and "j k":
-
-        place               0 1 2 3 4 5 6 7 8 9 10        N = 11
-        input_ids           a b c d e f g h i j k
-        position_ids        0 1 2 0 1 3 4 3 2 2 3         on each of the three axes: no images here
-        prompt_places       [[0 1 2], [3 4 .]]            B = 2, P = 3
-        prompt_slots        0 1 2 3 4                     slot 5 is padding
-        completion_places   [[5 6], [7 .], [8 .], [9 10]] R = 4, T = 2
-        completion_slots    0 1 2 4 6 7                   slots 3 and 5 are padding
-        prompt_of           0 0 1 1                       f g and h belong to prompt 0
-        predictors          2 5 2 4 4 9                   f is predicted where c lies, g where f lies, h where c ..
-        mask                [[1 1], [1 0], [1 0], [1 1]]
-        attend[2], of "i"   [[0 0 - 0 -],                 columns d e . | i and a padded slot; "-" is minus infinity
-                             [0 0 - 0 0]]                 the line of a padded slot is computed and thrown away
+    Beside the shapes: prompts "a b c" and "d e" with completions "f g" and "h", "i" and "j k", so
+    N = 11, B = 2, P = 3, R = 4, T = 2; a dot is padding.
     """
-
-    input_ids: torch.Tensor         # (N,)
-    position_ids: torch.Tensor      # (3, N) time, height, width; a completion continues from its own prompt's end
-    prompt_places: torch.Tensor     # (B, P)
-    prompt_slots: torch.Tensor      # (tokens of prompts,)
-    completion_places: torch.Tensor # (R, T)
-    completion_slots: torch.Tensor  # (tokens of completions,)
-    prompt_of: torch.Tensor         # (R,) the prompt of each completion
-    predictors: torch.Tensor        # (tokens of completions,) the place whose output predicts each of them
-    mask: torch.Tensor              # (R, T) 1.0 on completion tokens, their end token included; 0.0 on padding
-    attend: torch.Tensor            # (R, 1, T * repeats, P + T) 0 where a completion's token sees one of its prompt's
-                                    # or its own, else -inf; a line for each of the query heads that share keys; R is 1
-                                    # for a single prompt, whose completions all see alike
+    # of places 0 .. N-1                        0 1 2 3 4 5 6 7 8 9 10
+    input_ids: torch.Tensor          # (N,)     a b c d e f g h i j k
+    position_ids: torch.Tensor       # (3, N)   0 1 2 0 1 3 4 3 2 2 3 on each axis: no images here
+    prompt_places: torch.Tensor      # (B, P)   [[0 1 2], [3 4 .]]
+    prompt_slots: torch.Tensor       # (N_p,)   0 1 2 3 4                    slot 5 is padding
+    completion_places: torch.Tensor  # (R, T)   [[5 6], [7 .], [8 .], [9 10]]
+    completion_slots: torch.Tensor   # (N_c,)   0 1 2 4 6 7                  3 and 5 are padding
+    prompt_of: torch.Tensor          # (R,)     0 0 1 1                      f g, h: of prompt 0
+    predictors: torch.Tensor         # (N_c,)   2 5 2 4 4 9                  c predicts f, f g, c h
+    mask: torch.Tensor               # (R, T)   [[1 1], [1 0], [1 0], [1 1]]
+    attend: torch.Tensor             # (R, 1, T * repeats, P + T): `visibility`
     pixel_values: torch.Tensor | None = None    # (patches, 1176)
     image_grid_thw: torch.Tensor | None = None  # (images, 3)
-    features: torch.Tensor | None = None        # (image tokens, H) instead of pixels, where the vision tower is frozen
-
-    @property
-    def targets(self):
-        """(tokens of completions,) ids of what `predictors` predict."""
-        return self.input_ids[len(self.prompt_slots):]
+    features: torch.Tensor | None = None        # (image tokens, H) in place of pixels: frozen tower
 
     def to(self, device):
         """The same row with every tensor on `device`."""
-        return Packed(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return Packed(*(x if x is None else x.to(device) for x in vars(self).values()))
 
 
 def pack(model, prompts, completions):
-    """Lay out prompts (list of data.Prompt) and completions (for each prompt a list of token lists) as one Packed row.
+    """Lay out prompts (data.Prompts) and completions (for each a list of token lists) as Packed.
 
-    A group without completions is prefilled only. A prompt's `features`, where it has them, are used in place of its
-    pixels. Works on the CPU, but for the large `attend`, which is made on the model's device; move the rest with .to.
+    A group without completions is prefilled only; a prompt's `features` stand for its pixels. Made
+    on the CPU, but for the large `attend`, which is made on the model's device.
     """
-    flat = [torch.as_tensor(tokens, dtype=torch.long) for group in completions for tokens in group]
-    prompt_of = torch.tensor([b for b, group in enumerate(completions) for _ in group], dtype=torch.long)
-    prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts])
-    prompt_places, prompt_slots = rectangle(prompt_lengths, 0)
-    completion_lengths = torch.tensor([len(tokens) for tokens in flat], dtype=torch.long)
-    completion_places, completion_slots = rectangle(completion_lengths, int(prompt_lengths.sum()))
-    prompt_ends = prompt_lengths.cumsum(0) - 1  # the place that predicts a first token
-    before = torch.cat([prompt_ends[prompt_of][:, None], completion_places], 1)[:, :-1]  # (R, T)
+    flat = [torch.as_tensor(tokens).long() for group in completions for tokens in group]
+    prompt_of = torch.tensor([b for b, group in enumerate(completions) for _ in group]).long()
+    lengths = torch.tensor([len(p.input_ids) for p in prompts])
+    prompt_places, prompt_slots, in_prompt = rectangle(lengths, 0)
+    places, slots, real = rectangle(torch.tensor([len(tokens) for tokens in flat]).long(), int(lengths.sum()))
+    before = torch.cat([(lengths.cumsum(0) - 1)[prompt_of, None], places], 1)[:, :-1]  # (R, T)
     positions = [prompt_positions(model, p) for p in prompts]
-    continued = [positions[b].max() + 1 + torch.arange(len(tokens)).expand(3, -1) for b, tokens in zip(prompt_of, flat)]
+    continued = [positions[b].max() + 1 + torch.arange(len(tokens)).expand(3, -1)
+                 for b, tokens in zip(prompt_of, flat)]
     images = [p for p in prompts if p.pixel_values is not None]
     features = [p.features for p in images if p.features is not None]
+    pixels = [] if features else [p.pixel_values for p in images]
     return Packed(
-        input_ids=torch.cat([p.input_ids for p in prompts] + flat),
-        position_ids=torch.cat(positions + continued, 1),
-        prompt_places=prompt_places, prompt_slots=prompt_slots,
-        completion_places=completion_places, completion_slots=completion_slots, prompt_of=prompt_of,
-        predictors=before.flatten()[completion_slots],
-        mask=(torch.arange(completion_places.shape[1]) < completion_lengths[:, None]).float(),
-        attend=visibility(model, prompt_lengths, prompt_of, completion_places.shape[1]),
-        pixel_values=torch.cat([p.pixel_values for p in images]) if images and not features else None,
+        torch.cat([p.input_ids for p in prompts] + flat), torch.cat(positions + continued, 1),
+        prompt_places, prompt_slots, places, slots, prompt_of,
+        predictors=before.flatten()[slots], mask=real.float(),
+        attend=visibility(model, in_prompt[prompt_of] if len(prompts) > 1 else in_prompt, real),
+        pixel_values=torch.cat(pixels) if pixels else None,
         image_grid_thw=torch.cat([p.image_grid_thw for p in images]) if images else None,
         features=torch.cat(features) if features else None)
 
 
 def rectangle(lengths, start):
-    """Runs of consecutive places, one a line: lengths [2, 1], start 5 -> places [[5, 6], [7, 1]], slots [0, 1, 2].
+    """Runs of places, one a line: (places, slots, which slots are real).
 
-    Padded slots point at the place of their column, each at another one: attention never lets them be seen, and the
-    backward pass of indexing adds up what points at one place one by one.
+    Lengths [2, 1], start 5 -> [[5, 6], [7, 1]], [0, 1, 2], [[True, True], [True, False]]. Padded
+    slots point at different places: CUDA's backward pass adds up one by one what points at one.
     """
     column = torch.arange(int(lengths.max()) if len(lengths) else 0)
     real = column < lengths[:, None]
-    first = start + lengths.cumsum(0) - lengths
-    return torch.where(real, first[:, None] + column, column), real.flatten().nonzero()[:, 0]
+    places = torch.where(real, start + (lengths.cumsum(0) - lengths)[:, None] + column, column)
+    return places, real.flatten().nonzero()[:, 0], real
 
 
-def visibility(model, prompt_lengths, prompt_of, T):
-    """Packed.attend: a completion's token sees all of its prompt, and of its completion itself and what is before."""
-    whose, P, device = prompt_of if len(prompt_lengths) > 1 else slice(1), int(prompt_lengths.max()), model.device
-    lengths, causal = prompt_lengths[whose].to(device), torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    in_prompt = (torch.arange(P, device=device) < lengths[:, None])[:, None].expand(-1, T, -1)  # (R, T, P)
-    sees = torch.cat([in_prompt, causal.expand(len(in_prompt), T, T)], dim=2)
-    attend = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill_(~sees, float("-inf"))
-    text = model.config.text_config
-    return attend.repeat_interleave(text.num_attention_heads // text.num_key_value_heads, dim=1)[:, None]
+def visibility(model, in_prompt, real):
+    """Packed.attend: 0 where a completion's token sees a token of its prompt or its own, else -inf.
+
+    in_prompt (R, P), real (R, T): which slots are real. In the example above "i" and the padding
+    behind it see [[0 0 - 0 -], [0 0 - 0 0]] of d e . | i . where - is -inf. Each line is there for
+    every query head that shares its keys. A single prompt's completions all see alike: R is 1.
+    """
+    text, T, device = model.config.text_config, real.shape[1], model.device
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    sees = torch.cat([part.expand(len(in_prompt), T, -1)
+                      for part in (in_prompt[:, None].to(device), causal)], 2)  # (R, T, P + T)
+    repeats = text.num_attention_heads // text.num_key_value_heads
+    hidden = ~sees.repeat_interleave(repeats, 1)[:, None]
+    return hidden.to(model.dtype).masked_fill_(hidden, -torch.inf)
 
 
 def prompt_positions(model, prompt):
-    """(3, P) rotary positions of one prompt, by the model's own rule; kept on the prompt. Runs on the CPU."""
+    """(3, P) rotary positions of a prompt by the model's own rule, on the CPU; kept on it."""
     if prompt.position_ids is None:
         ids = prompt.input_ids[None]
         types = (ids == model.config.image_token_id).int()
@@ -148,29 +138,23 @@ def prompt_positions(model, prompt):
 
 
 def image_features(model, pixel_values, image_grid_thw):
-    """(image tokens, H): the vision tower's output for all images, in the order in which their tokens stand."""
+    """(image tokens, H): the vision tower's output for all images, in the order of their tokens."""
     return torch.cat(model.model.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
 
 def embed_patches(module, pixels):
-    """(patches, hidden) of pixels (patches, 1176): transformers' convolution, of windows side by side, as a product."""
-    weight = module.proj.weight.flatten(1)
-    return pixels.to(weight.dtype) @ weight.T
+    """(patches, hidden) of pixels (patches, 1176): the model's convolution as a product."""
+    return pixels.to(module.proj.weight.dtype) @ module.proj.weight.flatten(1).T
 
 
 def rms_norm(norm, x):
-    """x / sqrt(mean(x^2) + eps) * weight, rounded before the weight and after it, as Qwen's own norm rounds.
-
-    With the weight inside the kernel there would be one rounding less, and in bfloat16 a quarter of the numbers would
-    differ from those of the scoring pass after every norm.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight, rounded twice in bfloat16 as by Qwen's own norm."""
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon)
 
 
 def packed_hidden(model, packed, cache=None):
     """(N, H) last hidden states of a packed row on the model's device."""
-    embeds = model.get_input_embeddings()(packed.input_ids)  # (N, H)
-    features = packed.features
+    embeds, features = model.get_input_embeddings()(packed.input_ids), packed.features  # (N, H)
     if packed.pixel_values is not None:
         features = image_features(model, packed.pixel_values, packed.image_grid_thw)
     if features is not None:
@@ -182,76 +166,69 @@ def packed_hidden(model, packed, cache=None):
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, **_):
-    """Attention of a packed row; attention_mask is its Packed, which says who sees whom.
+    """Attention of a packed row, which comes as attention_mask: its Packed says who sees whom.
 
-    query (1, heads, N, D), key and value (1, kv_heads, N, D). Returns ((1, N, heads, D), None), as transformers asks.
+    query (1, heads, N, D), key and value (1, kv_heads, N, D) -> ((1, N, heads, D), None).
     """
     packed, heads, kv_heads = attention_mask, query.shape[1], key.shape[1]
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D), (N, kv_heads, D)
-
-    alone, P = len(packed.prompt_places) == 1, packed.prompt_places.shape[1]  # one prompt: slices in place of gathers
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, .., D)
+    alone, P = len(packed.prompt_places) == 1, packed.prompt_places.shape[1]
     q, k_prompt, v_prompt = ((x[None, :P] if alone else x[packed.prompt_places]).transpose(1, 2)
                              for x in (query, key, value))  # (B, heads or kv_heads, P, D)
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k_prompt, v_prompt))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     out = out.transpose(1, 2).flatten(0, 1)[packed.prompt_slots]  # (tokens of prompts, heads, D)
-
-    if len(packed.prompt_of):  # query heads that share keys become lines of one query: keys are not copied for each
-        q = query[packed.completion_places].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    if len(places := packed.completion_places):  # heads that share keys are lines of one query
+        q = query[places].unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
         k, v = (torch.cat([prompt.expand(len(q), -1, -1, -1) if alone else prompt[packed.prompt_of],
-                           own[packed.completion_places].transpose(1, 2)], 2)
+                           own[places].transpose(1, 2)], 2)
                 for prompt, own in ((k_prompt, key), (v_prompt, value)))  # (R, kv_heads, P + T, D)
         own = F.scaled_dot_product_attention(q, k, v, attn_mask=packed.attend, scale=scaling)
-        own = own.unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3)  # (R, T, heads, D)
-        out = torch.cat([out, own.flatten(0, 1)[packed.completion_slots]])
+        own = own.unflatten(2, (-1, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+        out = torch.cat([out, own.flatten(0, 1)[packed.completion_slots]])  # (N, heads, D)
     return out[None], None
 
 
 def windowed_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **_):
-    """The vision tower's attention: all windows of all images in one padded call, where transformers loops over them.
+    """The vision tower's attention: all windows in one padded call, where transformers loops.
 
-    query, key, value (1, heads, patches, D); cu_seq_lens_q (windows + 1,) their boundaries. Returns ((1, patches,
-    heads, D), None). The name under which it is registered holds "flash" because only then does transformers hand over
-    the boundaries.
+    query, key, value (1, heads, patches, D), boundaries of windows (windows + 1,) -> ((1, patches,
+    heads, D), None). Only under a name that holds "flash" does transformers hand boundaries over.
     """
-    if not hasattr(cu_seq_lens_q, "windows"):  # the host reads the boundaries once a forward, not once a layer
-        cu_seq_lens_q.windows = [x if x is None else x.to(query.device) for x in windows(cu_seq_lens_q)]
+    if not hasattr(cu_seq_lens_q, "windows"):  # read by the host once a forward, not once a layer
+        places, slots, real = rectangle(cu_seq_lens_q.diff().cpu(), 0)
+        mask = None if real.all() else real[:, None, None].to(query.device)
+        cu_seq_lens_q.windows = places.to(query.device), slots.to(query.device), mask
     places, slots, mask = cu_seq_lens_q.windows
     query, key, value = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.transpose(1, 2).flatten(0, 1)[slots][None], None
 
 
-def windows(boundaries):
-    """(places, slots, mask) of windows with boundaries (windows + 1,): a rectangle; no mask if all are of one size."""
-    lengths = boundaries.diff().cpu()
-    real = torch.arange(int(lengths.max())) < lengths[:, None]
-    return *rectangle(lengths, 0), None if real.all() else real[:, None, None]
-
-
 def token_logps(model, packed, bias, temperature=1.0):
     """log pi(o_t | q, o_<t) of every completion token: (R, T) float32, 0 on padding.
 
-    packed: a Packed row. bias (V,): `forbidden_bias`. The distribution is softmax(logits / temperature) without
-    the forbidden tokens, the one that was sampled. Policy, old policy and reference all come from this function.
+    bias (V,): `forbidden_bias`. The distribution is softmax(logits / temperature) without forbidden
+    tokens, the one that was sampled. Policy, old policy and reference all come from this function.
     """
-    hidden = packed_hidden(model, packed)  # (N, H)
-    logps = SelectedLogps.apply(hidden[packed.predictors], model.lm_head.weight, packed.targets, bias, temperature)
-    return logps.new_zeros(packed.mask.numel()).scatter(0, packed.completion_slots, logps).view_as(packed.mask)
+    hidden = packed_hidden(model, packed)[packed.predictors]  # (N_c, H)
+    targets = packed.input_ids[len(packed.prompt_slots):]     # (N_c,)
+    logps = SelectedLogps.apply(hidden, model.lm_head.weight, targets, bias, temperature)
+    padded = torch.zeros_like(packed.mask).flatten().scatter(0, packed.completion_slots, logps)
+    return padded.view_as(packed.mask)
 
 
 class SelectedLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature + bias)[targets], a chunk of tokens at a time.
 
-    Only (chunk, V) float32 logits ever exist, forward and backward: the backward pass computes them again.
-    hidden (n, H), weight (V, H), targets (n,), bias (V,) float32 with -inf on forbidden tokens. Returns (n,) float32.
+    Only (chunk, V) float32 logits ever exist: the backward pass computes them again. hidden (n, H),
+    weight (V, H), targets (n,), bias (V,) float32, -inf on forbidden tokens. Returns (n,) float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, temperature):
         logps, lse = hidden.new_empty(2, len(hidden), dtype=torch.float32)
-        for c in _chunks(len(hidden), len(weight)):
-            logits = SelectedLogps.logits(hidden[c], weight, bias, temperature)
+        for c, logits in SelectedLogps.logits(hidden, weight, bias, temperature):
             lse[c] = logits.logsumexp(-1)
             logps[c] = logits.gather(1, targets[c, None])[:, 0] - lse[c]
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
@@ -262,11 +239,10 @@ class SelectedLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, bias, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head gets none
-        for c in _chunks(len(hidden), len(weight)):
-            probs = SelectedLogps.logits(hidden[c], weight, bias, ctx.temperature).sub_(lse[c, None]).exp_()
-            d = probs.mul_(-grad[c, None])  # d logp / d logits = onehot - softmax
-            d.scatter_add_(1, targets[c, None], grad[c, None])
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # frozen: none
+        for c, logits in SelectedLogps.logits(hidden, weight, bias, ctx.temperature):
+            d = logits.sub_(lse[c, None]).exp_().mul_(-grad[c, None])
+            d.scatter_add_(1, targets[c, None], grad[c, None])  # d logp / d logits = 1hot - softmax
             d = d.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[c] = d @ weight
             if grad_weight is not None:
@@ -274,19 +250,15 @@ class SelectedLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
     @staticmethod
-    def logits(hidden, weight, bias, temperature):
-        return (hidden @ weight.T).float().div_(temperature).add_(bias)
-
-
-def _chunks(tokens, vocabulary, numbers=2**26):
-    """Slices of so many tokens that a float32 (chunk, V) tensor stays near 256 MB."""
-    size = max(1, numbers // vocabulary)
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+    def logits(hidden, weight, bias, temperature, numbers=2**26):
+        """Yields (slice of tokens, their logits (chunk, V)): `numbers` of them at most, 256 MB."""
+        size = max(1, numbers // len(weight))
+        for c in (slice(start, start + size) for start in range(0, len(hidden), size)):
+            yield c, (hidden[c] @ weight.T).float().div_(temperature).add_(bias)
 
 
 def forbidden_bias(model, processor):
-    """(V,) float32: -inf on tokens that no completion may hold (image and video places, unused rows of the head)."""
-    weight = model.lm_head.weight
-    bias = torch.zeros(len(weight), device=weight.device)
-    bias[list(processor.forbidden_ids(len(weight)))] = float("-inf")
+    """(V,) float32: -inf on tokens that no completion may hold: image places, unused rows, .."""
+    bias = torch.zeros(len(model.lm_head.weight), device=model.device)
+    bias[list(processor.forbidden_ids(len(bias)))] = -torch.inf
     return bias

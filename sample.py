@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import threading
 from collections import Counter
@@ -22,13 +21,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import load_examples, model_size
-from engine import Prompts, generate, load_policy
-from rewards import (
-    FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
+from data import load_examples, model_size, with_places
+from engine import generate, load_policy
+from rewards import (FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
 from support.answers import extract_answer, parse_boxes
 from support.drawing import view
-from support.files import read_jsonl
+from support.files import read_jsonl, sealed, write_aside
 from support.flags import check_values
 from support.images import load_image
 from support.ranks import gather, world
@@ -68,7 +66,7 @@ def evaluate(model, processor, examples, *, samples=1, temperature=0.0, top_p=1.
             on_finish(*args)
 
     groups = generate(
-        model, processor, Prompts(processor, [examples[i] for i in mine]), samples, max_completion_length, temperature,
+        model, processor, [examples[i] for i in mine], samples, max_completion_length, temperature,
         top_p=top_p, seeds=[[(seed << 40) + i * samples + s for s in range(samples)] for i in mine],
         max_rows=max_rows, on_finish=finished)
     bar.close()
@@ -121,8 +119,8 @@ def quality_score(completion, example):
 
     Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor
     said over again, and does not end in another value than the answer. Of several the one that says
-    more scores higher. Rules see form alone: not whether a reason is true, fits the image, or leads
-    to the next one; and another question's steps with the right numbers in them pass.
+    more scores higher. Rules see form alone: not whether a reason is true, fits the image, leads to
+    the next one, or was taken from another question that has the same answer.
     """
     thinking = completion.partition("<think>")[2].partition("</think>")[0]
     accuracy = accuracy_reward(completion, example, partial_credit=0.0)
@@ -150,18 +148,21 @@ class Rules:
 
 
 def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
-                     max_completion_length=512, max_rows=64, seed=0, on_finish=None):
-    """Keep each question's best-scored answer if it scores above `threshold`; write them to `out` as chat JSONL.
+                     max_completion_length=512, max_rows=64, seed=0, weights="", on_finish=None):
+    """Keep each question's best-scored answer if it scores above `threshold`: chat JSONL in `out`.
 
-    The reference answer competes where it has reasoning. Ranks share the questions; each writes down every finished
-    question at once, with all its answers and their scores (out + .rank-R.partial): a killed run repeats what was in
-    flight, an outage of the judge costs scores, never samples. Returns the number kept. RunError where more than 5 % of
-    the scores are missing. (Paper section 3.2; 1,520 of about 12,000 kept there.)
+    The reference answer competes where it has reasoning. Ranks share the questions; each writes down every
+    finished question at once, with all its answers and scores (out + .rank-R.partial): a killed run repeats
+    what was in flight, an outage of the judge costs scores, never samples. An answer is taken up again if it
+    was sampled alike, from the same `weights` (any name of them), a score if the same judge gave it. Returns
+    the number kept. RunError where more than 5 % of the scores are missing. (Paper section 3.2; 1,520 of about
+    12,000 kept there.)
     """
     judge, out, keys = judge or Rules(), Path(out), question_keys(questions)
     judge.probe()
     rank, ranks = world()
-    done = gather(answered(out) if rank == 0 else None)[0]  # read before anybody appends
+    sampled = [weights, samples, temperature, max_completion_length, seed]  # what answers depend on
+    done = gather(answered(out, sampled, judge) if rank == 0 else None)[0]  # read before anybody appends
     mine = [i for i in range(rank, len(questions), ranks) if None in done.get(keys[i], {"scores": [None]})["scores"]]
     bar = tqdm(total=len(mine), desc="rejection sampling", disable=None if rank == 0 else True, leave=False)
     lock, pending = threading.Lock(), []
@@ -170,7 +171,8 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
         """Judge the answers of question i that have no score yet, and write the line of its record."""
         scores = [judge(answer, questions[i]) if had is None else had for answer, had in zip(answers, scores)]
         with lock:
-            file.write("\n" + json.dumps({"key": keys[i], "answers": answers, "scores": scores}))  # ends a torn line
+            row = {"key": keys[i], "sampled": sampled, "answers": answers, "judge": judge.name, "scores": scores}
+            file.write("\n" + json.dumps(sealed(row)))  # ends a torn line
             file.flush()
             bar.update()
 
@@ -190,7 +192,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
                 if keys[i] in done:  # sampled before, but not all scores were to be had
                     pending.append(pool.submit(score, i, done[keys[i]]["answers"], done[keys[i]]["scores"]))
             model.eval()
-            generate(model, processor, Prompts(processor, fresh), samples, max_completion_length, temperature,
+            generate(model, processor, fresh, samples, max_completion_length, temperature,
                      seeds=[[(seed + i * samples + s) % 2**63 for s in range(samples)] for i in unseen],
                      max_rows=max_rows, on_finish=finished)
             for future in pending:
@@ -203,7 +205,8 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
             raise
     bar.close()
     gather(None)
-    kept = gather(merge_partials(out, questions, threshold, judge) if rank == 0 else None)[0]
+    kept = gather(merge_partials(out, answered(out, sampled, judge), questions, threshold, judge)
+                  if rank == 0 else None)[0]
     if isinstance(kept, str):
         raise RunError(kept)
     return kept
@@ -220,19 +223,24 @@ def question_keys(questions):
     return keys
 
 
-def answered(out):
-    """{question key: row} of what every rank has written down, the last row of a question."""
-    files = sorted(out.parent.glob(f"{out.name}.rank-*.partial"))
-    return {row["key"]: row for file in files for row in read_jsonl(file)}
+def answered(out, sampled, judge):
+    """{question key: row} of what every rank has written down, whole and `sampled` alike; the last of each."""
+    rows = {}
+    for file in sorted(out.parent.glob(f"{out.name}.rank-*.partial")):
+        for row in read_jsonl(file):
+            if isinstance(row, dict) and row == sealed(row) and row["sampled"] == sampled:
+                again = {} if row["judge"] == judge.name else {"scores": [None] * len(row["answers"])}
+                rows[row["key"]] = row | again
+    return rows
 
 
-def merge_partials(out, questions, threshold, judge):
-    """Rank 0: one chat JSONL of what was kept, in the order of the questions, complete or absent.
+def merge_partials(out, rows, questions, threshold, judge):
+    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions, complete or absent.
 
     Returns how many; or a sentence, where too many scores are missing. A wrong answer is not kept,
     whatever its score, where the task can tell: all but general questions, which may ask for prose.
     """
-    rows, kept = answered(out), []
+    kept = []
     rows = [(question, key, rows[key]) for question, key in zip(questions, question_keys(questions)) if key in rows]
     wanted, had = (sum(len(row["scores"]) - none * row["scores"].count(None) for *_, row in rows) for none in (0, 1))
     if had < wanted:
@@ -249,21 +257,13 @@ def merge_partials(out, questions, threshold, judge):
             kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [
                 os.path.abspath(image) for image in question.images], "question": key, "score": score,
                 "judge": judge.name, "source": question.where})
-    aside = out.with_name(f".writing-{out.name}")
-    with open(aside, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(out)
+    write_aside(out, "".join(json.dumps(row) + "\n" for row in kept))
     return len(kept)
 
 
 def chat_turns(question, answer):
     """A question as it was asked, earlier turns and places of images included, and an answer, as chat messages."""
-    turns = [*question.history, ("user", question.problem)]
-    if question.images and not any("<image>" in text for _, text in turns):  # images come first without being told
-        first = [role for role, _ in turns].index("user")
-        turns[first] = ("user", "<image>" * len(question.images) + turns[first][1])
+    turns = with_places([*question.history, ("user", question.problem)], len(question.images))
     return [{"role": role, "content": text} for role, text in (*turns, ("assistant", answer))]
 
 
@@ -293,7 +293,6 @@ def answer(args):
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        
         size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
         view(args.image[0], size, [("red", boxes)]).save(args.out)
         print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)

@@ -10,7 +10,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source support/setup.sh # leaves in $PYTHON an interpreter that has the packages
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # threads that wait for long yield their core, which others may need
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # every group has other lengths
 RANKS=${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 torchrun=("$PYTHON" -m support.launch --standalone --nproc_per_node "$RANKS")
 

@@ -34,7 +34,8 @@ def checkpoint_folder(path) -> Path:
 
 def checkpoint_files(path) -> dict[str, bytes]:
     """{file name: content} of what stands beside the weights: configs, tokenizer, templates."""
-    files = [file for pattern in TEXTS for file in checkpoint_folder(path).glob(pattern)]
+    folder = checkpoint_folder(path)
+    files = [file for pattern in TEXTS for file in folder.glob(pattern)]
     return {file.name: file.read_bytes() for file in files  # an index names other weights
             if file.name != "state.json" and not file.name.endswith(".index.json")}
 

@@ -73,6 +73,14 @@ class RunDirectory:
         """Where a checkpoint within a stage is kept."""
         return self.out / "checkpoints" / f"{global_step:07d}"
 
+    def weights_before(self, index):
+        """A name of the weights that a stage begins with: digests, of the base's or the last stage's end."""
+        if index:
+            files = read_record(self.stage_end(index - 1) / "state.json")["files"]
+        else:
+            files = read_record(self.out / "config.json")["made_of"]["model"]
+        return {name: value for name, value in files.items() if not name.endswith(".jsonl")}
+
     def last_checkpoint(self):
         """What a sentence calls the checkpoint that a run would be resumed from."""
         return next((path for path, _ in self.checkpoints()[0]), "the base model")
@@ -147,9 +155,7 @@ class RunDirectory:
     # ---- Find where to go on ----
 
     def checkpoints(self):
-        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with the
-        others]).
-        """
+        """([(path, state)] whose state.json can be read, the furthest first; [what is wrong with others])."""
         found, faults = [], []
         for folder in ("checkpoints", "stages"):
             for path in self.out.glob(f"{folder}/[0-9]*/"):
@@ -160,9 +166,7 @@ class RunDirectory:
         return sorted(found, key=lambda item: (item[1]["stage"], item[1]["stage_step"]), reverse=True), faults
 
     def whole_checkpoint(self):
-        """(path, state) of the furthest checkpoint that is whole, and all that it rests on, or None. Says
-        which are not.
-        """
+        """(path, state) of the furthest checkpoint that is whole, with all that it rests on, or None."""
         found, faults = self.checkpoints()
         for sentence in faults:
             say(f"{sentence}; that checkpoint is left out")
@@ -240,8 +244,7 @@ class RunDirectory:
     def begin(self, path, state, record, changed):
         """Make the directory what it was at a checkpoint: what is later will be written again. Rank 0 alone.
 
-        Returns the rows of results.json: those of the checkpoint, and that of its own evaluation if it was
-        made.
+        Returns the rows of results.json: the checkpoint's, and that of its own evaluation if it was made.
         """
         step = state.get("global_step", 0)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -254,9 +257,8 @@ class RunDirectory:
         if samples.exists():
             rows = [row for row in read_jsonl(samples) if row.get("step", step + 1) <= step]
             write_aside(samples, "".join(json.dumps(row) + "\n" for row in rows))
-        stages = state["stage"] + (not changed or state["stage_step"] > 0)  # whose kept answers are still right
         for file in self.out.glob("rejected-[0-9]*"):
-            if int(file.name.split("-")[1].split(".")[0]) > stages:
+            if int(file.name.split("-")[1].split(".")[0]) > state["stage"] + 1:
                 file.unlink()
         rows = state.get("results", [])
         if (self.out / "results.json").exists() and not state["stage_step"]:
@@ -286,8 +288,7 @@ os.umask(UMASK)
 # ---- What a run is made of ----
 
 def made_of(cfg, examples):
-    """{"data": {file: digest}, "images": {path: digest}, "model": {file: digest}, "code": {..}} of all that a
-    run uses.
+    """{"data": {file: digest}, "images": .., "model": .., "code": ..} of all that a run uses.
 
     Files and images are named relative to --data and --image_root where they lie in them.
     """

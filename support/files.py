@@ -1,6 +1,4 @@
-"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are
-read again.
-"""
+"""Files that are whole or not there: written aside, synced, renamed, and known by a digest when read again."""
 
 import hashlib
 import json
@@ -57,9 +55,7 @@ def digest(path):
 
 
 def damage(folder, files):
-    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None
-    if nothing.
-    """
+    """What is wrong with the first bad one of `files`, {name: digest}, in a folder, or None: "a is missing"."""
     for name, expected in files.items():
         try:
             if digest(Path(folder) / name) != expected:
@@ -71,34 +67,31 @@ def damage(folder, files):
     return None
 
 
-def seal(value):
-    """Digest of a JSON value, however it is spelled, its own seal aside."""
+def sealed(value):
+    """A dict with its own digest under "sha256", however it is spelled; `value == sealed(value)` if it is whole."""
     rest = {name: part for name, part in value.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def write_record(path, value):
     """Write a dict as JSON that carries its own digest, for `read_record`."""
-    write_aside(path, json.dumps({**value, "sha256": seal(value)}, indent=1))
+    write_aside(path, json.dumps(sealed(value), indent=1))
 
 
 def read_record(path):
-    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another
-    one.
-    """
+    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited or damaged."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
-        if value.pop("sha256") != seal(value):
+        if value != sealed(value):
             raise ValueError("its digest is that of another content")
-        return value
+        return {name: part for name, part in value.items() if name != "sha256"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
 
 
 def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line.
-    """
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed in a line."""
     rows = []
     for line in Path(path).read_text("utf-8").splitlines():
         try:

@@ -32,7 +32,7 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
     total, width, text = sum(sizes.values()), width_of(cfg), config.text_config
     P = prompt_length or cfg.max_pixels // 784 + 200
     rows = min(cfg.max_rows, cfg.num_generations * math.ceil(cfg.prompts_per_step / ranks))
-    slots = cache_slots(rows, P, cfg.max_completion_length, cfg.num_generations)
+    slots = rows * (P + cfg.max_completion_length)  # on a GPU each row has its prompt
     head = text.hidden_size // text.num_attention_heads
     # whole tensors are dealt out to ranks: the owner of the largest holds all of it
     owned = max(math.ceil(sum(trained.values()) / ranks), max(trained.values()))
@@ -41,21 +41,6 @@ def memory_needed(config, cfg, ranks, prompt_length=None):
             "optimizer": 0 if cfg.offload else owned * (8 + 4 * (width == 2)),
             "cache": slots * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width,
             **activations(config, cfg, P, width), "logits": logits(config, cfg, width)}
-
-
-def cache_slots(rows, P, C, G):
-    """Tokens whose keys and values a GPU's rollout keeps: each row's own prompt and completion, or
-    prompts once a group where the engine shares them (engine.shares_prompts, engine.Cache)."""
-    shared = G > 1 and P * rows > 100_000
-    return rows * C + (2 * rows // G if shared else rows) * P
-
-
-def peak(needed, cfg):
-    """Bytes at the worst moment: all at once; with offload gradients come when activations go."""
-    if not cfg.offload:
-        return sum(needed.values())
-    forward, backward = needed["activations"] + needed["logits"], needed["gradients"]
-    return sum(needed.values()) - min(forward, backward)
 
 
 def width_of(cfg):
@@ -91,7 +76,7 @@ def logits(config, cfg, width):
 def check_memory(needed, cfg, say=say):
     """Say what a run needs per process; UserError for what a GPU cannot hold, or memory by far."""
     parts = " + ".join(f"{name} {n / 2**30:.1f}" for name, n in needed.items() if n > 2**27)
-    most = peak(needed, cfg)
+    most = sum(needed.values())
     say(f"memory per process, estimated: {most / 2**30:.1f} GiB ({parts or 'all small'})")
     cuda = torch.cuda.is_available()
     there = torch.cuda.get_device_properties(0).total_memory if cuda else \

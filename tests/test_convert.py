@@ -10,26 +10,22 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tools.tiny import tiny_image, write_jsonl
+from runs import refused
 
 import tools.convert as convert
-import tools.parquet as parquet
-import tools.pictures as pictures
-from answers import parse_boxes, parse_labels
-from data import answer_of, derive_all, load_examples
-from tasks import truth_boxes, truth_of
+from data import answer_of, load_examples
+from forms import derive_all
+from rewards import truth_boxes
+from support.answers import parse_boxes, parse_labels, truth_of
+from support.tiny import tiny_image, write_jsonl
 
 
 def run(*arguments):
-    convert.main([str(argument) for argument in arguments])
+    assert convert.main([str(argument) for argument in arguments]) == 0
 
 
 def failed(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in said
-    return said
+    return refused(capsys, arguments, program=convert.main)
 
 
 def rows_of(path):
@@ -87,7 +83,6 @@ def test_coco_rows_load_and_have_all_three_forms(tmp_path, instances, capsys):
     assert set(Counter(e.task for e in examples)) == {"detection", "classify", "math"}
     said = capsys.readouterr().out
     assert f"python -m tools.pictures examples {out} --image_root {root}" in said and "24 classify" in said
-    pictures.main(["examples", str(out), "--image_root", str(root), "--out", str(tmp_path / "sheet.png")])
     truth = {(f"{a['image_id']:03}.png", value["categories"][a["category_id"]]["name"]): a["bbox"]
              for a in value["annotations"]}
     for row in rows_of(out):
@@ -118,7 +113,7 @@ WARTS = {
     "size of no image": (lambda v, root: v["images"][0].update(width=400, height=300), "is upright 200 x 150"),
     "rotated": (lambda v, root: rotate(root / "000.jpg", v["images"][0]), "is upright 150 x 200"),
     "no size": (lambda v, root: v["images"][0].pop("width"), "no width and height"),
-    "a pixel high": (lambda v, root: Image.new("RGB", (200, 1)).save(root / "000.png"), "too small or too thin"),
+    "a pixel high": (lambda v, root: Image.new("RGB", (200, 1)).save(root / "000.png"), "is 200 x 1"),
     "no picture": (lambda v, root: (root / "000.png").write_bytes(b"no"), "cannot be decoded"),
     "outside": (lambda v, root: (root.parent / "x.png").write_bytes((root / "000.png").read_bytes())
                 and v["images"][0].update(file_name="../x.png"), "no image ../x.png"),
@@ -177,7 +172,7 @@ def test_an_image_that_shows_every_label_is_not_asked_for_its_labels(tmp_path, i
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl")
     rows = rows_of(tmp_path / "open.jsonl")
     assert not [row for row in rows if row["image"] == "001.png" and row["task"] == "classify"]
-    assert "it needs a label that is absent" in capsys.readouterr().out
+    assert "1 x classify without a possible wrong answer" in capsys.readouterr().out
     derived_all(tmp_path / "open.jsonl", root)           # a box as large as the image among them
     value["annotations"] = [annotation(n, n, 0, [9, 9, 50, 50]) for n in range(9)]      # one label alone
     run("coco", save(tmp_path, value), "--image_root", root, "--out", tmp_path / "open.jsonl", "--force")
@@ -213,7 +208,7 @@ def test_no_image_is_in_train_and_test(tmp_path, instances):
     assert train and test and not train & test
     write_jsonl(tmp_path / "refs.jsonl", [{"image": f"{n:03}.png", "bbox": [9, 9, 40, 40], "caption": f"red box {n}"}
                                           for n in range(24)])
-    run("refcoco", tmp_path / "refs.jsonl", "--image_root", root, "--out", tmp_path / "train" / "refs.jsonl",
+    run("refcoco", "--boxes", "xywh", tmp_path / "refs.jsonl", "--image_root", root, "--out", tmp_path / "train" / "refs.jsonl",
         "--test_share", "0.4")
     assert not train & {row["image"] for row in rows_of(tmp_path / "test" / "refs.jsonl")}, "whatever file names it"
 
@@ -279,7 +274,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_expressions_is_read(tmp_path, instances, shape):
     root, _ = instances
-    run("refcoco", save(tmp_path, SHAPES[shape](root)), "--image_root", root, "--out", tmp_path / "open.jsonl")
+    run("refcoco", "--boxes", "xywh", save(tmp_path, SHAPES[shape](root)), "--image_root", root, "--out", tmp_path / "open.jsonl")
     rows = sorted(rows_of(tmp_path / "open.jsonl"), key=lambda row: row["image"])
     assert [(row["image"], row["problem"]) for row in rows] == [
         ("000.png", "Where is the left dog?"), ("001.png", "Where is a cup?")]
@@ -291,10 +286,10 @@ def test_corners_are_read_as_corners_only_when_told(tmp_path, instances, capsys)
     root, _ = instances
     file = write_jsonl(tmp_path / "a.jsonl", [{"image": "000.png", "bbox": [120, 90, 180, 140], "caption": "it"}])
     said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
-    assert "1 fit as xyxy, 0 fit as xywh" in said and "seem to be xyxy" in said
-    said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xywh")
+    assert "does not say how its boxes are written; say it with --boxes" in said
+    said = failed(capsys, "refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xywh")
     assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
-    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")
+    run("refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--boxes", "xyxy")
     assert boxes_of(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[120, 90, 180, 140]]
 
 
@@ -305,8 +300,8 @@ def test_an_expression_for_two_boxes_and_test_expressions_stay_out(tmp_path, ins
                {"image": "001.png", "bbox": [1, 1, 40, 40], "caption": "man", "split": "train"},
                {"image": "002.png", "bbox": [1, 1, 40, 40], "caption": "cat", "split": "testA"}]
     file = write_jsonl(tmp_path / "a.jsonl", entries)
-    assert "testA, train" in failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
-    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--split", "train")
+    assert "testA, train" in failed(capsys, "refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    run("refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--split", "train")
     assert [row["image"] for row in rows_of(tmp_path / "open.jsonl")] == ["001.png"]
 
 
@@ -318,9 +313,9 @@ def test_bad_expressions_are_told_at_once_with_their_index(tmp_path, instances, 
            {**good, "image": {"bytes": ""}}, 5, "{broken", {**good, "caption": "<image>"},
            {"image": "001.png", "caption": "cup"}]
     file = write_jsonl(tmp_path / "a.jsonl", [good, *bad])
-    said = failed(capsys, "refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    said = failed(capsys, "refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
     assert f"{len(bad)} entries" in said and all(f"[{n}]: " in said for n in range(1, len(bad) + 1))
-    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--skip_bad_rows")
+    run("refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl", "--skip_bad_rows")
     assert len(rows_of(tmp_path / "open.jsonl")) == 1
 
 
@@ -330,7 +325,7 @@ def test_a_pickle_is_refused_unread(tmp_path, capsys):
             return open, (str(tmp_path / "loaded"), "w")
     for name in ("refs(unc).p", "refs.json"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-        said = failed(capsys, "refcoco", tmp_path / name, "--image_root", tmp_path, "--out", tmp_path / "open.jsonl")
+        said = failed(capsys, "refcoco", "--boxes", "xywh", tmp_path / name, "--image_root", tmp_path, "--out", tmp_path / "open.jsonl")
         assert "pickle" in said and "instances.json" in said and not (tmp_path / "loaded").exists()
 
 
@@ -340,27 +335,15 @@ NAMES = {"xyxy": lambda x1, y1, x2, y2: [x1, y1, x2, y2], "xywh": lambda x1, y1,
 
 
 @pytest.mark.parametrize("written", NAMES)
-def test_boxes_of_every_convention_become_pixels_and_another_one_is_named(tmp_path, instances, capsys, written):
-    """Read in another convention, the boxes that happen to fit would be boxes elsewhere."""
+def test_boxes_of_every_convention_become_pixels(tmp_path, instances, written):
     root, _ = instances
     truth = [[20, 15, 60, 45], [100, 30, 180, 140], [60, 60, 140, 120]]
     file = write_jsonl(tmp_path / "a.jsonl", [
         {"image": f"{n:03}.png", "bbox": NAMES[written](*box), "caption": f"cup {n}"} for n, box in enumerate(truth)])
-    arguments = ["refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl"]
-    if written != "xywh":                                       # that of most lists
-        for extra in ([], ["--skip_bad_rows"]):
-            said = failed(capsys, *arguments, *extra)
-            assert "does not say how its boxes are written" in said and f"seem to be {written}" in said
+    arguments = ["refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl"]
     run(*arguments, "--boxes", written)
     boxes = sorted(boxes_of(row["solution"]) for row in rows_of(tmp_path / "open.jsonl"))
     assert boxes == sorted([box] for box in truth)
-
-
-def test_two_corners_under_solution_are_read_as_vlm_r1_means_them(tmp_path, instances):
-    root, _ = instances
-    entries = [{"image": "000.png", "solution": [5, 5, 60, 40], "problem": "Where?", "normal_caption": "the cup"}]
-    run("refcoco", write_jsonl(tmp_path / "a.jsonl", entries), "--image_root", root, "--out", tmp_path / "open.jsonl")
-    assert boxes_of(rows_of(tmp_path / "open.jsonl")[0]["solution"]) == [[5, 5, 60, 40]]
 
 
 @pytest.mark.parametrize("entry, boxes", [
@@ -369,7 +352,7 @@ def test_two_corners_under_solution_are_read_as_vlm_r1_means_them(tmp_path, inst
 def test_several_boxes_none_and_text_are_read(tmp_path, instances, entry, boxes):
     root, _ = instances
     file = write_jsonl(tmp_path / "a.jsonl", [{"img_path": "000.png", "caption": "cup"} | entry])
-    run("refcoco", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
+    run("refcoco", "--boxes", "xywh", file, "--image_root", root, "--out", tmp_path / "open.jsonl")
     (row,) = rows_of(tmp_path / "open.jsonl")
     assert boxes_of(row["solution"]) == boxes and len(derived_all(tmp_path / "open.jsonl", root)) == 1
 
@@ -394,8 +377,8 @@ def test_yolo_labels_are_read_with_centers_sizes_and_polygons(tmp_path, instance
     (labels / "003.txt").write_text("0 0.5 0.5\n7 0.5 0.5 0.2 0.4\nx y\n0 0.9 0.5 0.4 0.4\n")
     (labels / "none.txt").write_text("0 0.5 0.5 0.2 0.4\n")
     said = failed(capsys, "yolo", labels, "--names", yaml, "--image_root", root, "--out", tmp_path / "b.jsonl")
-    for words in ("none.txt: no image none", "003.txt:1: its box", "003.txt:2: its category_id is 7",
-                  "003.txt:3: its category_id", "003.txt:4: its box"):
+    for words in ("none.txt: no image none", "003.txt:1: it is neither", "003.txt:2: its class 7",
+                  "003.txt:3: its class x", "003.txt:4: its box"):
         assert words in said
     yaml.write_text("nc: 3\n")
     said = failed(capsys, "yolo", labels, "--names", yaml, "--image_root", root, "--out", tmp_path / "b.jsonl")
@@ -428,8 +411,8 @@ def test_voc_counts_pixels_from_one_and_leaves_difficult_objects_out(tmp_path, i
     (folder / "004.xml").write_text("<annotation>")
     (folder / "005.xml").write_text(voc_xml("005.png", ("dog", False, (1, 1, 900, 9)), ("dog", False, (1,))))
     said = failed(capsys, "voc", folder, "--image_root", root, "--out", tmp_path / "b.jsonl")
-    for words in ("003.xml: it defines entities", "004.xml: it cannot be read as XML", "005.xml, object 1: its box",
-                  "005.xml, object 2: its box None"):
+    for words in ("003.xml: it cannot be read as XML (it defines entities", "004.xml: it cannot be read as XML", "005.xml, object 1: its box",
+                  "005.xml, object 2: its box"):
         assert words in said
     assert "no folder" in failed(capsys, "voc", tmp_path / "none", "--image_root", root, "--out", tmp_path / "b.jsonl")
 
@@ -477,11 +460,9 @@ def test_rows_in_another_convention_are_written_in_pixels(tmp_path, instances, w
 
 def test_parquet_needs_the_users_pyarrow_and_makes_files_of_pictures(tmp_path, instances, capsys, monkeypatch):
     root, _ = instances
-    arguments = ["x.parquet", "--out", str(tmp_path / "train" / "open.jsonl"), "--images", str(tmp_path / "pictures")]
+    arguments = ["parquet", "x.parquet", "--out", tmp_path / "train" / "open.jsonl", "--image_root", tmp_path]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SystemExit) as stop:
-        parquet.main(arguments)
-    assert stop.value.code == 2 and "pip install pyarrow" in capsys.readouterr().err
+    assert "pip install pyarrow" in failed(capsys, *arguments)
     content = (root / "000.png").read_bytes()
     table = [{"image": {"bytes": content, "path": None}, "problem": "米?", "solution": "1"},
              {"images": [content, {"bytes": content, "path": "a"}], "problem": "?", "solution": "1"}]
@@ -489,11 +470,9 @@ def test_parquet_needs_the_users_pyarrow_and_makes_files_of_pictures(tmp_path, i
     file = type("ParquetFile", (), {"__init__": lambda self, path: None, "iter_batches": lambda self, size: [batch()]})
     monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(ArrowException=ValueError))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=file))
-    parquet.main(arguments)
+    run(*arguments)
     one, two = load_examples(tmp_path / "train" / "open.jsonl", image_root=tmp_path, task="math")
     assert one.problem == "米?" and two.images == one.images * 2, "one picture, one file"
     assert Path(one.images[0]).read_bytes() == content
     table.append({"image": {"bytes": b"none", "path": None}})
-    with pytest.raises(SystemExit):
-        parquet.main([*arguments, "--force"])
-    assert "x.parquet:3: image in it cannot be decoded" in capsys.readouterr().err
+    assert "x.parquet:3: image in it cannot be decoded" in failed(capsys, *arguments, "--force")

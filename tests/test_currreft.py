@@ -269,7 +269,7 @@ CHANGES = ["--seed 1", "--temperature 0.5", "--prompts_per_step 1", "--num_gener
            "--updates_per_rollout 1", "--max_completion_length 5", "--max_pixels 4704", "--lr 1e-3", "--sft_lr 1e-4",
            "--lr_schedule cosine", "--partial_credit 0.7", "--soft_iou", "--freeze_vision", "--sft_batch 1",
            "--reject_samples 1", "--reject_threshold 30", "--stages choice:2 reject:1", "--dtype bfloat16",
-           "--eval_limit 2", "--questions {data}/SFT_data/reject/few.jsonl"]
+           "--eval_limit 2", "--questions {few}"]
 
 
 def shown(base, out, monkeypatch, *changes):
@@ -284,15 +284,15 @@ def shown(base, out, monkeypatch, *changes):
 
 @pytest.fixture(scope="module")
 def baseline(base, tmp_path_factory):
-    asked = base[1] / "SFT_data" / "reject"
-    (asked / "few.jsonl").write_text((asked / "questions.jsonl").read_text().split("\n")[0])
     with pytest.MonkeyPatch.context() as patch:
         return shown(base, tmp_path_factory.mktemp("flags") / "run", patch)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_flag_of_the_results_changes_them(change, base, baseline, tmp_path, monkeypatch):
-    words = change.format(data=base[1]).split()
+    few = tmp_path / "few.jsonl"
+    few.write_text((base[1] / "SFT_data" / "reject" / "questions.jsonl").read_text().split("\n")[0])
+    words = change.format(few=few).split()
     assert shown(base, tmp_path / "run", monkeypatch, *words) != baseline
 
 

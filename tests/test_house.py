@@ -2,9 +2,9 @@
 
 import argparse
 import ast
+import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,18 +67,19 @@ def test_errors_and_the_way_to_the_terminal_need_no_torch():
 
 # ---- Commands in the texts ----
 
-CALL = re.compile(r"(?:python3? (?:-m )?|bash |torchrun .*?)(currreft\.py|sample\.py|train\.sh|(?:tools|bench|demo)[.\w]*)(.*)")
+CALL = re.compile(r"(?:python3? (?:-m )?|bash |torchrun .*?)(currreft\.py|sample\.py|train\.sh|(?:tools|bench|demo)[.\w]*)"
+                  r"((?: (?:\"[^\"]*\"|[^\s`;|)\"#>]+))*)")
 
 
 def calls():
-    """[(text, program, its arguments)] of every command in README, docs, docstrings and train.sh."""
+    """[(file, program, its arguments)] of every command in README, docs, docstrings and train.sh."""
     found = []
     for file in [ROOT / "README.md", ROOT / "train.sh", *sorted((ROOT / "docs").glob("*.md")), *project_files()]:
-        text = re.sub(r"\\\n\s*", " ", file.read_text())
-        for line in text.splitlines():
-            for program, rest in CALL.findall(line):
-                rest = re.split(r"\s{2,}|[`;|)]|\s#|\.\.|, ", rest)[0]
-                found.append((file.name, program, rest))
+        for line in re.sub(r"\s*\\+\n\s*", " ", file.read_text()).splitlines():
+            if file.suffix != ".py" or line.startswith("    python "):
+                for program, rest in CALL.findall(re.sub(r"^\S*\"\$\S*\" -m ", "python -m ", line)):
+                    rest = re.split(r"  |\.\.|, |[.,;:]$|\[", rest.strip())[0]
+                    found.append((file.name, program, shlex.split(rest)))
     return found
 
 
@@ -99,24 +100,18 @@ def test_every_command_of_the_texts_is_parsed_by_its_program(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(argparse.ArgumentParser, "error", error)
     wrong, tried = [], 0
-    for text, program, rest in calls():
-        name = program.removesuffix(".py")
-        path = ROOT / (name.replace(".", "/") + ".py")
-        path = path if path.exists() else ROOT / name.replace(".", "/") / "__main__.py"
-        if program == "train.sh":
-            name, path = ("demo.ablation", ROOT / "demo/ablation.py") if "ablation" in rest else ("currreft", ROOT / "currreft.py")
-            rest = rest.replace("ablation", "", 1)
-        if not path.exists():
-            wrong.append(f"{text}: {program} is no program")
-            continue
-        module = __import__(name if path.stem != "__main__" else f"{name}.__main__", fromlist=["main"])
-        words = [word for word in shlex.split(rest.replace("'", "")) if not word.startswith("$")]
-        tried += 1
+    for text, program, words in calls():
+        name = {"train.sh": "demo.ablation" if "ablation" in words else "currreft"}.get(program, program.removesuffix(".py"))
+        path = ROOT / name.replace(".", "/")
+        module = f"{name}.__main__" if path.is_dir() else name
+        words = ["1" if word == "N" else word for word in words if word != "ablation" and word[0] != "$"]
         try:
-            module.main(words)
-            wrong.append(f"{text}: {program}{rest} parses no flags")
+            importlib.import_module(module).main(words)
+            wrong.append(f"{text}: {program} {words} parses no flags")
         except Parsed:
-            pass
-        except (AssertionError, SystemExit) as problem:
-            wrong.append(f"{text}: {program}{rest}: {problem}")
+            tried += 1
+        except SystemExit as end:  # --help
+            wrong += [f"{text}: {program} {words}"] if end.code else []
+        except (AssertionError, ImportError, AttributeError) as problem:
+            wrong.append(f"{text}: {program} {words}: {problem!r}")
     assert tried > 20 and not wrong, "\n".join(wrong)

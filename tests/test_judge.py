@@ -202,9 +202,7 @@ def test_a_wrong_answer_is_not_kept_whatever_the_judge_says_where_the_task_can_t
     out = tmp_path / "kept.jsonl"
     questions = [CASE, replace(CASE, task="general", solution="Two of them.")]
     answers = [RIGHT.replace("2", "3"), RIGHT]
-    (tmp_path / "kept.jsonl.rank-0.partial").write_text("".join(
-        json.dumps({"key": key, "answers": answers, "scores": [99.0, 90.0]}) + "\n"
-        for key in question_keys(questions)))
-    assert merge_partials(out, questions, 85.0, Rules()) == 2
+    rows = {key: {"answers": answers, "scores": [99.0, 90.0]} for key in question_keys(questions)}
+    assert merge_partials(out, rows, questions, 85.0, Rules()) == 2
     kept = [json.loads(line)["messages"][-1]["content"] for line in out.read_text().splitlines()]
     assert kept == [RIGHT, answers[0]], "prose is the judge's affair"

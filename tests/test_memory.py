@@ -19,8 +19,8 @@ from transformers import vision_utils
 from currreft import Config, grpo_loss, parse_args
 from data import Prompt
 from engine import Engine, load_policy, shares_prompts
-from packed import Packed, attach_attention, pack, packed_hidden, token_logps, windows
-from support.memory import OVERHEAD, cache_slots, check_memory, memory_needed
+from packed import Packed, attach_attention, pack, packed_hidden, rectangle, token_logps
+from support.memory import OVERHEAD, check_memory, memory_needed
 from support.optimizer import ShardedAdamW
 from support.tiny import tiny_checkpoint
 from support.words import UserError
@@ -48,21 +48,16 @@ def test_memory_of_the_real_3b_configuration():
 
 
 def test_the_longest_prompt_that_was_read_decides_not_a_guess():
-    """64 rows of 4,096-token prompts share their prompts by groups: 3.4 GiB, not 10."""
     short, long = (memory_needed(configuration("3b"), settings(), 1, n) for n in (None, 4096))
     assert short["cache"] < 3 * 2**30 and long["activations"] > short["activations"]
-    assert long["cache"] == (64 * 512 + 16 * 4096) * 36 * 2 * 128 * 2 * 2
+    assert long["cache"] == 64 * (512 + 4096) * 36 * 2 * 128 * 2 * 2
 
 
-@pytest.mark.parametrize("P, rows", [(64, 16), (1600, 64), (1600, 32)])
-def test_the_cache_is_the_one_that_the_engine_allocates(P, rows, tmp_path):
-    """Lengths that fill its buckets; which prompts are shared as on a GPU."""
+def test_the_cache_is_the_one_that_the_engine_allocates(tmp_path):
+    """Lengths that fill its buckets; every row has its prompt, as on a GPU."""
     model, processor = load_policy(tiny_checkpoint(tmp_path))
-    shared = shares_prompts("cuda", P, rows, 8)
-    cache = Engine(model, processor, P, rows, 128, width=8, shared=shared).cache
-    tensors = [*cache.tails, *(cache.prompts or ())]
-    slots = sum(t.shape[1] * t.shape[3] for t in tensors) / 2  # keys and values
-    assert shared == (P * rows > 100_000) and slots == cache_slots(rows, P, 128, 8)
+    cache = Engine(model, processor, 1600, 64, 128, width=8, shared=shares_prompts("cuda", 1600, 64, 8)).cache
+    assert not cache.prompts and sum(t.shape[1] * t.shape[3] for t in cache.tails) / 2 == 64 * (1600 + 128)
 
 
 def test_what_cannot_fit_is_refused_with_a_sentence(monkeypatch):
@@ -155,9 +150,10 @@ def pretended(config, grid, ranks, mode):
     tower = {"position_ids": vision_utils.get_vision_position_ids(grid, merge), "cu_seqlens": cu,
              "window_index": index, "cu_window_seqlens": cu_window}
     fake = {name: mode.from_tensor(value) for name, value in tower.items()}
-    for name in ("cu_seqlens", "cu_window_seqlens"):
-        fake[name].windows = [x if x is None else mode.from_tensor(x)
-                              for x in windows(tower[name])]
+    for name in ("cu_seqlens", "cu_window_seqlens"):  # as packed.windowed_attention makes them
+        places, slots, real = rectangle(tower[name].diff(), 0)
+        fake[name].windows = (mode.from_tensor(places), mode.from_tensor(slots),
+                              None if real.all() else mode.from_tensor(real[:, None, None]))
     longest = {"max_seqlen": int(cu.diff().max()), "max_window_seqlen": int(cu_window.diff().max())}
 
     def features(model, pixels, grids):
@@ -211,20 +207,18 @@ def simulate(config, cfg, ranks, prompt_length=None):
         processor = SimpleNamespace(end_ids=(1, 2), forbidden_ids=lambda v: (0,))
         learn()  # the step before: the optimizer has its moments
         decoder = Engine(policy, processor, len(ids), rows,
-                         cfg.max_completion_length, capture=False, shared=False)
+                         cfg.max_completion_length, shared=False)
         live.peak = live.now
         with torch.no_grad():
             decoder._decode(rows, decoder.tail)
         peaks["rollout"], live.peak = live.peak, live.now
         policy.train()
-        with live.elsewhere(cfg.offload):
-            optimizer.gradients()  # zeros, as of the micro-batch before
+        for parameter in policy.parameters():  # zeros, as of the micro-batch before
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         logp = token_logps(policy, packed, bias, cfg.temperature)
         with torch.no_grad():
             logp_ref = token_logps(reference, packed, bias, cfg.temperature) if cfg.beta else None
         grpo_loss(logp, logp.detach(), logp_ref, A, packed.mask)[0].backward()
-        with live.elsewhere(cfg.offload):
-            optimizer.collect()
         peaks["backward"], live.peak = live.peak, live.now
         learn()
     return peaks

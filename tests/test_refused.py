@@ -122,7 +122,7 @@ DATA = {  # name: (what is done to a data directory, words of the sentence)
     "a FIFO": (lambda data: (write_jsonl(data / "x", []), os.replace(data / "x", data / "grpo_data/train/open.jsonl"),
                              os.remove(data / "grpo_data/train/open.jsonl"),
                              os.mkfifo(data / "grpo_data/train/open.jsonl")), "no regular file"),
-    "one line of 5 MB": (lambda data: write_jsonl(data / "grpo_data/train/open.jsonl", ["x" * 5_000_000]), "characters"),
+    "one line of 5 MB": (lambda data: write_jsonl(data / "grpo_data/train/open.jsonl", ["x" * 5_000_000]), "broken JSON"),
     "broken JSON": (lambda data: write_jsonl(data / "grpo_data/train/open.jsonl", [ROW, "{"]), "open.jsonl:2: broken JSON"),
     "no rows": (lambda data: write_jsonl(data / "grpo_data/train/open.jsonl", []), "no rows"),
     "a URL": (lambda data: write_jsonl(data / "grpo_data/train/open.jsonl", [ROW | {"image": "http://x/a.png"}]), "open.jsonl:1"),

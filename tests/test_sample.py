@@ -14,7 +14,16 @@ from data import load_examples
 from engine import Completion, load_policy
 from rewards import Example, is_correct
 from sample import (
-    Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize)
+    Rules,
+    evaluate,
+    kept_examples,
+    main,
+    pass_at_k,
+    question_keys,
+    rejection_sample,
+    summarize,
+)
+from support.files import sealed
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
 from support.words import RunError, UserError
@@ -145,14 +154,32 @@ def test_scores_that_were_had_are_not_asked_for_again(world, scripted, tmp_path)
     assert rows[-1]["scores"] == [86.0, 99.0] and rows[-1]["answers"] == ["answer 0", "answer 1"], "every answer is kept"
 
 
-def test_a_torn_line_costs_one_question(world, scripted, tmp_path):
+def test_a_torn_or_damaged_line_costs_one_question(world, scripted, tmp_path):
     policy, processor, _, _, questions = world
-    out, asked, keys = tmp_path / "kept.jsonl", [], question_keys(questions[:3])
-    (tmp_path / "kept.jsonl.rank-0.partial").write_text(
-        "\n" + json.dumps({"key": keys[0], "answers": ["a"], "scores": [90.0]}) + '\n{"key": "' + keys[1] + '", "ans')
+    out, asked, keys = tmp_path / "kept.jsonl", [], question_keys(questions[:4])
+    rows = [json.dumps(sealed({"key": key, "sampled": ["", 1, 1.0, 512, 0], "answers": ["a"], "judge": "rules",
+                               "scores": [90.0]})) for key in keys]
+    lines = [rows[0], rows[1][:-9], rows[2].replace("90.0", "99.0"), '{"key": 3}', "[]"]
+    (tmp_path / "kept.jsonl.rank-0.partial").write_text("\n".join(lines))
     scripted(lambda i, s: asked.append(i) or "fine")
-    assert rejection_sample(policy, processor, questions[:3], out, judge=Scripted({"fine": 91.0}), samples=1) == 3
-    assert len(asked) == 2 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == keys
+    assert rejection_sample(policy, processor, questions[:4], out, judge=Scripted({"fine": 91.0}), samples=1) == 4
+    assert len(asked) == 3 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == keys
+
+
+def test_an_answer_is_taken_up_again_if_it_was_sampled_alike_a_score_if_the_judge_is_the_same(world, scripted, tmp_path):
+    policy, processor, _, _, questions = world
+    out, plain, asked = tmp_path / "kept.jsonl", [replace(questions[0], solution="x")], []
+    scripted(lambda i, s: asked.append(i) or "fine")
+    judge, other = Scripted({"fine": 90.0}), Scripted({"fine": 95.0})
+    other.name = "another"
+
+    def sample_again(judge, **settings):
+        rejection_sample(policy, processor, plain, out, judge=judge, samples=1, **settings)
+        return json.loads(out.read_text()), len(asked)
+    assert sample_again(judge, weights="a")[1] == sample_again(judge, weights="a")[1] == 1
+    row, count = sample_again(other, weights="a")
+    assert (row["judge"], row["score"], count) == ("another", 95.0, 1), "the same answers, judged anew"
+    assert sample_again(other, weights="b")[1] == 2 and sample_again(other, weights="b", seed=1)[1] == 3
 
 
 def test_kept_answers_meet_their_questions_by_what_these_say_never_by_place(world, scripted, tmp_path):

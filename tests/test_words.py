@@ -114,5 +114,5 @@ def test_why_nothing_is_learned_is_said_once(rows, words, capsys):
 def test_settings_that_can_hardly_be_meant_are_told_at_the_start(base, learnable, tmp_path, capsys):
     begun(arguments(base, tmp_path / "run", "--stages", "binary:400", "--eval_limit", "0"), at=1)
     said = capsys.readouterr().err
-    assert "stage 1-binary: 400 steps of 2 are 66.7 passes over 12 examples, which have 2 different answers" in said
+    assert "stage 1-binary: 400 steps of 2 are 66.7 passes over 12 examples with 2 different answers" in said
     assert "test binary_ood: 6 of 6 rows are training rows" in said

@@ -10,7 +10,7 @@ import sys
 from transformers import Qwen2_5_VLConfig
 
 from currreft import parse_args
-from support.memory import OVERHEAD, memory_needed, peak
+from support.memory import OVERHEAD, memory_needed
 from support.words import command
 
 SIZES = {  # of the released configurations, what decides; the vision towers differ in their output
@@ -36,7 +36,7 @@ def estimate(size, ranks, flags, prompt_length=None):
     """{what: GiB per GPU} with weights in bfloat16; the last is "estimated", the worst moment."""
     cfg = parse_args([*flags, "--dtype", "bfloat16"])
     needed = memory_needed(configuration(size), cfg, ranks, prompt_length)
-    return {name: n / 2**30 for name, n in {**needed, "estimated": peak(needed, cfg)}.items()}
+    return {name: n / 2**30 for name, n in {**needed, "estimated": sum(needed.values())}.items()}
 
 
 @command
