@@ -105,7 +105,8 @@ def parse_number(text):
     left, _, text = text[name.end() if name else 0:].rpartition("=")
     if left:                                            # a calculation = what comes out
         found = parse_number(text) if SHOWN.fullmatch(left) else None
-        return found if found and getattr(parse_number(left), "value", found[0]) == found[0] else None
+        same = found and getattr(parse_number(left), "value", found.value) == found.value
+        return found if same else None
     pair = text[:1] in ("(", "[", "{") and "," in text  # (1,234), [90,180]
     if len(text) > MAX_NUMBER or pair or UNCLEAR.search(text):
         return None
