@@ -80,8 +80,8 @@ def inspect_image(path) -> tuple[int, int]:
 def resolve_image(name, root, allow_outside: bool = False) -> str:
     """The image's path under `root`, a folder or several; UserError if it is not there, or outside.
 
-    An absolute path of another machine loses parts from the left until it exists:
-    /elsewhere/coco/1.jpg -> root/coco/1.jpg. Any other name means that file alone.
+    An absolute path of another machine loses parts from the left until it exists: /elsewhere/coco/1.jpg ->
+    root/coco/1.jpg. Any other name means that file alone.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > MAX_NAME:
         raise UserError(f"{str(name)[:80]!r} is not the path of an image. Images inside of a row "
