@@ -49,8 +49,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data import (
-    Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
+from data import (Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
 from engine import generate, load_policy
 from packed import forbidden_bias, image_features, pack, token_logps
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward

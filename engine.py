@@ -39,8 +39,7 @@ def load_policy(path, device="cpu", dtype=None, max_pixels=401_408):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # not narrower: a damaged file raises what its reader meets
-        raise UserError(
-            f"{path}: cannot be loaded as a Qwen2.5-VL model: {first_line(error)}") from error
+        raise UserError(f"{path}: cannot be loaded as a Qwen2.5-VL model: {first_line(error)}") from error
     check_weights(path, model.to(device), loaded)
     model.generation_config = GenerationConfig()  # a contradiction in the base's own stops no save
     return attach_attention(model.eval()), processor

@@ -81,8 +81,7 @@ def pack(model, prompts, completions):
     prompt_of = torch.tensor([b for b, group in enumerate(completions) for _ in group]).long()
     lengths = torch.tensor([len(p.input_ids) for p in prompts])
     prompt_places, prompt_slots, in_prompt = rectangle(lengths, 0)
-    places, slots, real = rectangle(torch.tensor([len(tokens) for tokens in flat]).long(),
-                                    int(lengths.sum()))
+    places, slots, real = rectangle(torch.tensor([len(tokens) for tokens in flat]).long(), int(lengths.sum()))
     before = torch.cat([(lengths.cumsum(0) - 1)[prompt_of, None], places], 1)[:, :-1]  # (R, T)
     positions = [prompt_positions(model, p) for p in prompts]
     continued = [positions[b].max() + 1 + torch.arange(len(tokens)).expand(3, -1)

@@ -1,6 +1,4 @@
-"""Files that are whole or not there: written aside, synced and renamed, and known by a digest when they are
-read again.
-"""
+"""Files that are whole or not there: written aside, synced, renamed, and known by a digest when read again."""
 
 import hashlib
 import json
@@ -57,9 +55,7 @@ def digest(path):
 
 
 def damage(folder, files):
-    """What is wrong with the first bad one of `files`, {name: digest}, in a folder: "a.txt is missing"; None
-    if nothing.
-    """
+    """What is wrong with the first bad one of `files`, {name: digest}, in a folder, or None: "a is missing"."""
     for name, expected in files.items():
         try:
             if digest(Path(folder) / name) != expected:
@@ -83,9 +79,7 @@ def write_record(path, value):
 
 
 def read_record(path):
-    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited, damaged or another
-    one.
-    """
+    """The dict that `write_record` wrote; UserError if the file is missing, cut, edited or damaged."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
         if value != sealed(value):
@@ -97,8 +91,7 @@ def read_record(path):
 
 
 def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed within a line.
-    """
+    """The complete rows of a JSONL file of this program's, whose writer may have been killed in a line."""
     rows = []
     for line in Path(path).read_text("utf-8").splitlines():
         try:

@@ -1,8 +1,7 @@
 """Flags from the fields of a dataclass: numbers within bounds, words among choices, --help.
 
-A field is a flag of the same name, the comment on its line is its help, and the comment above a
-block of fields is the title of a group. A new field works without an entry here: a number must be
-finite in any case.
+A field is a flag of the same name, the comment on its line is its help, and the comment above a block of
+fields is the title of a group. A new field works without an entry here: a number must be finite in any case.
 """
 
 import argparse

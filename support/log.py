@@ -1,6 +1,4 @@
-"""What a run writes down and shows of each step: metrics.jsonl, the line on the terminal, a sample now and
-then.
-"""
+"""What a run writes down and shows of each step: metrics.jsonl, a line on the terminal, now and then a sample."""
 
 import json
 import math
@@ -20,9 +18,7 @@ SHOWN = {  # column of metrics.jsonl -> what the line of a step calls it
 
 
 def over_ranks(sums, seconds, signal):
-    """Add up {name: (sum, count)} of all ranks; returns (totals, {part: seconds of the slowest rank}, any
-    signal).
-    """
+    """Add up {name: (sum, count)} of all ranks: (totals, {part: seconds of the slowest rank}, any signal)."""
     totals, slowest, arrived = {}, {}, 0
     for others, times, number in gather((sums, seconds, signal)):
         arrived = arrived or number
@@ -55,8 +51,7 @@ class Log:
     def step(self, stage, head, totals, seconds, tail):
         """Write and show a step: means of `totals` between the columns of `head` and `tail`. Rank 0 alone.
 
-        tokens_per_second: tokens sampled by a rollout a second, or answers' tokens learned from by a
-        supervised update.
+        tokens_per_second: sampled in a rollout, or answers' tokens learned from in a supervised update.
         """
         part = "rollout" if "rollout" in seconds else "update"
         tokens = totals["completion_length" if part == "rollout" else "loss"][part == "update"]

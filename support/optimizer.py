@@ -18,9 +18,8 @@ from support.words import RunError
 class ShardedAdamW:
     """AdamW whose float32 masters and moments live on one rank each; every rank holds the weights.
 
-    At lr 1e-6 bfloat16 weights alone would round nearly every update away, so the update happens in
-    float32 on the owner and the rounded result is broadcast. With float32 weights the master is the
-    weight itself.
+    At lr 1e-6 bfloat16 weights alone would round nearly every update away, so the update happens in float32
+    on the owner and the rounded result is broadcast. With float32 weights the master is the weight itself.
 
     offload: masters, moments and the step's gradients live in the host's memory. Slower by the way
     there and back, once a step; in float32 the numbers are the same.
@@ -115,5 +114,4 @@ class ShardedAdamW:
                     master = self.masters[name]
                     if "master" in state:
                         master.copy_(state.pop("master"))
-                    self.adam.state[master] = {k: v.to(master.device, copy=True)
-                                               for k, v in state.items()}
+                    self.adam.state[master] = {k: v.to(master.device, copy=True) for k, v in state.items()}

@@ -42,19 +42,19 @@ def kind(token):
 
 
 def substance(said, answer, asked):
-    """How much is said, and once, below 1; 0 for nothing of its own, or few of the asked numbers."""
+    """How much is said, and once, below 1; 0 for nothing of its own or of the question.
+
+    Of its own: a number, a sign, or two words. Of the question, if it has numbers: one, or a word.
+    """
     words = list(chain.from_iterable(said))
     runs = list(zip(words, words[1:], words[2:], words[3:]))
     once = len(set(runs)) / len(runs) if runs else 1.0
     content = set(words) - FILLERS - set(answer)
-    own, options = content - set(asked), {"(a)", "(b)"} <= set(asked)
-    stem = asked[:asked.index("(a)")] if options else asked
-    numbers = {word for word in stem if kind(word) == "0"} - set(answer)
-    enough = own & NUMBERS or any(not word.isalpha() and word[0] != "(" for word in own)  # it counts
-    if not enough:
-        alike = {word[:4] for word in content} & {word[:4] for word in asked}           # dog, dogs
-        enough = len(own) > 1 and alike if any(map(kind, answer)) else own
-    fits = 2 * len(numbers & set(words)) >= len(numbers)
+    own, numbers = content - set(asked), {word for word in asked if kind(word) == "0"} - set(answer)
+    alike = {word[:4] for word in content} & {word[:4] for word in asked}               # dog, dogs
+    counts = own & NUMBERS or any(not word.isalpha() and word[0] != "(" for word in own)
+    enough = counts or (len(own) > 1 and alike if any(map(kind, answer)) else own)
+    fits = alike or not numbers
     speech = once >= 0.6 and (len(words) < 60 or len(set(words)) < 0.9 * len(words))    # or noise
     return once * len(content) / (len(content) + 5) if fits and enough and speech else 0.0
 

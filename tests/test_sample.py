@@ -14,15 +14,7 @@ from data import load_examples
 from engine import Completion, load_policy
 from rewards import Example, is_correct
 from sample import (
-    Rules,
-    evaluate,
-    kept_examples,
-    main,
-    pass_at_k,
-    question_keys,
-    rejection_sample,
-    summarize,
-)
+    Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize)
 from support.files import sealed
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
