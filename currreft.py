@@ -567,6 +567,9 @@ def train(cfg):
             with signals.held():
                 train_stage(run, stage, done)
                 run.save(stage)
+                stopping = max(gather(signals.arrived()))  # on any rank
+            if stopping:
+                raise Stopped(stopping)
             run.evaluate(stage.label)
     if run.rank == 0:
         print(f"{results_table([run.directory.out])}\nmodel    {run.directory.stage_end(-1)}\n"

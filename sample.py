@@ -229,7 +229,7 @@ def answered(out, sampled, judge):
     rows = {}
     for file in sorted(out.parent.glob(f"{out.name}.rank-*.partial")):
         for row in read_jsonl(file):
-            if isinstance(row, dict) and row == sealed(row) and row["sampled"] == sampled:
+            if row == sealed(row) and row["sampled"] == sampled:
                 again = {} if row["judge"] == judge.name else {"scores": [None] * len(row["answers"])}
                 rows[row["key"]] = row | again
     return rows

@@ -43,7 +43,7 @@ def outcome(out):
     """All that a finished run has to show for itself, times aside."""
     kept = sorted(out.glob("rejected-*.jsonl"))
     return {"metrics": metrics(out), "results": json.loads((out / "results.json").read_text())["rows"],
-            "samples": (out / "samples.jsonl").read_text(), "kept": [file.read_text() for file in kept],
+            "samples": (out / "samples.jsonl").read_text() if (out / "samples.jsonl").exists() else "", "kept": [file.read_text() for file in kept],
             **{str(file.relative_to(out)): digest(file) for file in out.glob("stages/*/model.safetensors")}}
 
 
