@@ -14,7 +14,7 @@ the left dog?" rows: questions as training reads them, but with boxes written ot
 A format is a reader that yields (where in the file, entry, read): the entry names its image, and
 read(entry) is [(label or expression, its boxes as the file writes them, a crowd?), ..]. The rest is
 one path: `photos` holds that against the images, `objects` or `expressions` asks, `choose` picks
-and splits. What cannot be right spoils its photo. Nothing is written before all is known.
+and splits. What cannot be right spoils its photo; nothing is written before all is known.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import json
 import os
 import random
 import re
-import shlex
 import sys
 from collections import Counter, defaultdict
 from io import BytesIO
@@ -38,8 +37,7 @@ from rewards import TASKS
 from support.answers import BOX, parse_labels
 from support.files import write_aside
 from support.images import ENDINGS, image_sizes, inspect_image, opened, resolve_image
-from support.rows import (
-    PROBLEMS, SOLUTIONS, TURNS, attempt, declared_tasks, first, one_row, read_rows, row_task)
+from support.rows import attempt, declared_tasks, first, one_row, read_rows, row_task
 from support.warnings import family
 from support.words import UserError, command, say
 
@@ -57,23 +55,21 @@ MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError,
 
 def coco(args):
     """Objects of an instances file."""
-    value = json_of(args.file)
+    value = json.loads(Path(args.file).read_bytes())
     categories = by_id(value, "categories")
 
     def read(entry):
         label = categories[entry["category_id"]]["name"]
         return [(label, [entry["bbox"]], bool(entry.get("iscrowd")))]
 
-    for where, entry in joined(value, "annotations"):
-        if "neg_category_ids" in entry:
-            raise UserError(f"{args.file} is an LVIS file, in which not all objects are annotated.")
-        yield where, entry, read
+    return ((*found, read) for found in joined(value, "annotations"))
 
 
 def refcoco(args):
     """Expressions: RefCOCO's own refs beside annotations, MDETR's captions of images, or a list."""
-    value = None if args.file.endswith(".jsonl") else json_of(args.file)
+    value = args.file.endswith(".jsonl") or json.loads(Path(args.file).read_bytes())
     if isinstance(value, dict):
+        args.boxes = args.boxes or "xywh"
         found = joined(value, "refs" if "refs" in value else "annotations")
     elif args.boxes:
         found = read_rows(args.file)
@@ -82,8 +78,7 @@ def refcoco(args):
                         f"{'|'.join(CONVENTIONS)} (VLM-R1's lists: xyxy).")
     splits = {str(entry.get("split")) for _, entry in found if isinstance(entry, dict)}
     if len(splits) > 1 and not args.split:
-        raise UserError(f"{args.file} holds the splits {', '.join(sorted(splits))}; choose one "
-                        "with --split.")
+        raise UserError(f"--split must choose one of {', '.join(sorted(splits))}.")
 
     def read(entry):
         boxes, texts = (next((entry[key] for key in keys if entry.get(key)), [None])
@@ -100,7 +95,8 @@ def refcoco(args):
 def yolo(args):
     """Objects of files of lines: class, center and size as shares of the image, or a polygon."""
     names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
-    names = names if isinstance(names, dict) else dict(enumerate(names))
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    names = {number: str(name) for number, name in pairs}
 
     def thing(category, *numbers):
         numbers = list(map(float, numbers))
@@ -131,21 +127,11 @@ def named_alike(args, ending, read):
     """Of --image_root/a/1.jpg the file FILE/a/1.txt (or .xml), by --list those that it names."""
     root, lines = Path(args.image_root), Path(args.list).read_text() if args.list else ""
     wanted = {Path(line.split()[0]).stem for line in lines.splitlines() if line.strip()}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS):
         image = path.relative_to(root)
         file = Path(args.file, image).with_suffix(ending)
-        listed = file.stem in wanted or not args.list
-        if path.suffix.lower() in ENDINGS and listed and file.exists():
+        if file.exists() and (not args.list or file.stem in wanted):
             yield file, {"file_name": image.as_posix(), "path": file}, read
-
-
-def json_of(path):
-    """The value of a JSON file; UserError for a pickle."""
-    content = Path(path).read_bytes()
-    if content[:1] == b"\x80" or Path(path).suffix in (".p", ".pkl", ".pickle"):
-        raise UserError(f"{path} is a pickle, which may run any code when it is read; docs/data.md "
-                        "shows how to make JSON of one that you trust.")
-    return json.loads(content)
 
 
 def by_id(value, name):
@@ -170,8 +156,10 @@ def photos(args, faults):
     try:
         parts, told, found = list(args.reader(args)), {}, {}
     except MALFORMED as error:
-        raise UserError(f"{args.file} is not as its format has it ({error!r}).") from error
-    names = [str(image_of(entry) or where) for where, entry, _ in parts]
+        raise UserError(f"{args.file} is not as its format has it: {error!r:.99}. A pickle is not "
+                        "read, as it may run any code; docs/data.md makes JSON of it.") from error
+    names = [next((str(entry[key]) for key in NAME_KEYS if isinstance(entry, dict)
+                   and entry.get(key)), f"of {where}") for where, entry, _ in parts]
     paths = {name: attempt(resolve_image, name, args.image_root) for name in names}
     sizes = image_sizes(path for path in paths.values() if isinstance(path, str))
     for name, (where, entry, read) in zip(names, parts):
@@ -183,13 +171,8 @@ def photos(args, faults):
             image = os.path.relpath(path, args.image_root)
             found.setdefault(name, (image, sizes[path], []))[2].extend(things)
     faults += [f"{where}: {error}" for (_, error), where in told.items()]
-    return [photo for image, photo in found.items() if image not in dict(told.keys())]
-
-
-def image_of(entry):
-    """The name of the image that an entry names, None for none."""
-    keys = NAME_KEYS if isinstance(entry, dict) else ()
-    return next((entry[key] for key in keys if entry.get(key)), None)
+    spoiled = {name for name, _ in told}
+    return [photo for name, photo in found.items() if name not in spoiled]
 
 
 def in_pixels(entry, read, path, size, written):
@@ -197,18 +180,16 @@ def in_pixels(entry, read, path, size, written):
     try:
         things, noted = read(entry), (entry.get("width"), entry.get("height"))
     except MALFORMED as error:
-        raise UserError(f"it is not as its format has it ({error!r}).") from error
+        raise UserError(f"it is not as its format has it ({error!r:.99}).") from error
     if isinstance(path, UserError) or isinstance(size, str):
         raise UserError(path if size is None else size)
     if None not in noted and noted != size:
         raise UserError(f"its image {path} is upright {size[0]} x {size[1]} pixels, but annotated "
                         f"as {noted[0]} x {noted[1]}.")
     for text, *_ in things:
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{str(text)[:80]!r} is no text to ask for.")
+        if not isinstance(text, str) or re.search(r"^\s*$|</?(image|answer|think)>", text):
+            raise UserError(f"{str(text)[:80]!r} is no text to ask for: empty, or with a tag.")
         check_text(text)
-        if reserved := re.search("</?(image|answer|think)>", text):
-            raise UserError(f"a text holds {reserved[0]!r}, which questions reserve; remove it.")
     return [(" ".join(text.split()), [corners(box, size, written) for box in boxes], crowd)
             for text, boxes, crowd in things]
 
@@ -237,25 +218,25 @@ def corners(box, size, written):
 def objects(args, faults, left_out):
     """Where, how many, which? Images that show every label of the file are not asked which."""
     asked, shown = [], {}
-    for image, size, things in photos(args, faults):
-        boxes, crowds = defaultdict(list), {label for label, _, crowd in things if crowd}
-        for label, found, _ in things:
+    for image, (width, height), things in photos(args, faults):
+        boxes, seen, unsure = defaultdict(list), set(), set()
+        for label, found, crowd in things:
+            areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in found]
+            tiny = not crowd and min(areas) < TINY * width * height
             boxes[label] += found
-        clear = all(parse_labels(label) == [label] for label in boxes)
-        for label in sorted(boxes):
-            n, tiny = len(boxes[label]), [
-                (x2 - x1) * (y2 - y1) < TINY * size[0] * size[1] for x1, y1, x2, y2 in boxes[label]]
-            clear = clear and (label in crowds or not all(tiny))
-            if label in crowds or any(tiny) or n > COUNTED:
-                left_out[f"a crowd, a tiny box or more than {COUNTED} objects"] += 1
-                continue
-            where = f"Where is {'the' if n == 1 else 'every'} {label}?"
-            asked += [question(image, "detection", where, boxes[label], label)] * (n <= ASKED)
-            many = f'How many objects of the kind "{label}" are in the image?'
-            asked.append(question(image, "math", many, n, n))
-        if clear:
+            seen |= set() if tiny else {label}
+            unsure |= {label} if tiny or crowd else set()
+        for label in sorted(boxes.keys() - unsure):
+            n = len(boxes[label])
+            if n <= ASKED:
+                where = f"Where is {'the' if n == 1 else 'every'} {label}?"
+                asked.append(question(image, "detection", where, boxes[label], label))
+            if n <= COUNTED:
+                many = f'How many objects of the kind "{label}" are in the image?'
+                asked.append(question(image, "math", many, n, n))
+        left_out["a crowd or a tiny box"] += len(unsure)
+        if seen == boxes.keys() and all(parse_labels(label) == [label] for label in boxes):
             shown[image] = frozenset(boxes)
-        left_out["labels of tiny boxes alone, or with commas or brackets"] += not clear
     while (every := frozenset().union(*shown.values())) in shown.values():
         left_out["every label is there"] += 1
         shown = {image: labels for image, labels in shown.items() if labels != every}
@@ -297,7 +278,7 @@ def rows(args, faults, left_out):
 
 
 def in_corners(row, where, args):
-    """(the row with its task, and with its boxes in pixels wherever texts are read, its images)."""
+    """(the row with its task, each list of four numbers in it as a box in pixels; its images)."""
     read = one_row(row)
     task = row_task(read, Path(where.rpartition(":")[0]), declared_tasks(args.task, TASKS))
     if task not in TASKS:
@@ -306,10 +287,9 @@ def in_corners(row, where, args):
     if TASKS[task].resize:
         if len(paths) != 1:
             raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
-        keys, size = {*PROBLEMS, *SOLUTIONS, *TURNS, "completion"} & {*row}, inspect_image(paths[0])
-        texts = json.dumps({key: row[key] for key in keys})
-        row = row | json.loads(BOX.sub(lambda match: (match[1] or "") + str(
-            corners([float(n) for n in match.groups()[1:]], size, args.boxes)), texts))
+        size = inspect_image(paths[0])
+        row = json.loads(BOX.sub(lambda match: (match[1] or "") + str(
+            corners([float(n) for n in match.groups()[1:]], size, args.boxes)), json.dumps(row)))
     return row | {"task": task}, read["images"]
 
 
@@ -318,12 +298,11 @@ def parquet_rows(path):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UserError("parquet files need pyarrow, which is not installed here: pip install "
-                        "pyarrow") from error
+        raise UserError("parquet files need pyarrow, so: pip install pyarrow") from error
     try:
-        batches = ParquetFile(path).iter_batches(16)
-        found = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path}:{n}", row) for n, row in enumerate(found, 1))
+        batches = (batch.to_pylist() for batch in ParquetFile(path).iter_batches(16))
+        for n, row in enumerate(itertools.chain.from_iterable(batches), 1):
+            yield f"{path}:{n}", row
     except ValueError as error:  # which ArrowInvalid is
         raise UserError(f"{path} cannot be read as parquet ({str(error)[:200]}).") from error
 
@@ -374,9 +353,8 @@ def outputs(args):
         if out.parent.name != "train":
             raise UserError(f"--out {out}: with --test_share it must lie in a folder train, beside "
                             "which the folder test will stand.")
-    if found := [str(path) for path in paths.values() if path.exists() and not args.force]:
-        raise UserError(f"{' and '.join(found)} exists already; name another --out, or replace it "
-                        "with --force.")
+    if found := [path for path in paths.values() if path.exists() and not args.force]:
+        raise UserError(f"{found[0]} exists already; take another --out, or replace it: --force.")
     return paths
 
 
@@ -391,35 +369,30 @@ def convert(args):
             "say how boxes are written with --boxes, or drop bad rows with --skip_bad_rows."]))
     chosen = choose(questions, args, left_out)
     print("".join(f"left out: {n} x {why}\n" for why, n in left_out.most_common() if n), end="")
-    if empty := [side for side in paths if not chosen[side]]:
-        raise UserError("\n".join([f"{args.file} gives no {empty[0]} rows with the images of "
-                                   f"{args.image_root}.", *first(faults)]))
     if faults:
         say(f"dropped {len(faults)} bad entries and what they spoil, the first {faults[0]}")
+    if empty := [side for side in paths if not chosen[side]]:
+        raise UserError(f"{args.file} gives no {empty[0]} rows with images of {args.image_root}.")
     if args.reader is parquet_rows:
         os.makedirs(args.image_root, exist_ok=True)
         for where, row in parquet_rows(args.file):
             attempt(with_names, row, where, args, True)
     for side, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side])
-        write_aside(path, "".join(lines))
+        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side]))
         print(path, dict(Counter(row.get("task", "rows") for row in chosen[side])))
-    print(f"to look at it: python -m tools.pictures examples {shlex.quote(args.out)} "
-          f"--image_root {shlex.quote(args.image_root)}")
 
 
 FORMATS = {  # name: (what makes questions, reader, how boxes are written)
     "coco": (objects, coco, "xywh"), "yolo": (objects, yolo, "fractions"),
     "voc": (objects, voc, "xyxy"), "refcoco": (expressions, refcoco, None),
-    "rows": (rows, read_rows, None), "parquet": (rows, parquet_rows, None)}
+    "rows": (rows, read_rows, "xyxy"), "parquet": (rows, parquet_rows, None)}
 FLAGS = (  # formats that have it, flag, settings
     ("yolo", "--names", {"required": True, "help": "data.yaml, which names the classes"}),
     ("yolo voc", "--list", {"help": "text that names the files to take, such as val.txt"}),
     ("refcoco", "--split", {"help": 'only entries whose "split" is this'}),
     ("rows", "--task", {"nargs": "+", "help": "of rows that name none: TASK or NAME=TASK"}),
-    ("rows", "--boxes", {"required": True, "choices": CONVENTIONS, "help": "how boxes are written"}),
-    ("coco refcoco", "--boxes", {"choices": CONVENTIONS, "help": "how boxes are written"}),
+    ("coco refcoco rows", "--boxes", {"choices": CONVENTIONS, "help": "how boxes are written"}),
     ("coco yolo voc refcoco", "--per_task", {"type": int, "help": "rows; 0: no limit [3000]"}),
     ("", "--image_root", {"required": True, "help": "folder that images' names start from"}),
     ("", "--out", {"required": True, "help": "JSONL to write, such as DIR/train/open.jsonl"}),
@@ -432,8 +405,7 @@ FLAGS = (  # formats that have it, flag, settings
 @command
 def main(argv=None):
     """A subcommand for each format."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     formats = parser.add_subparsers(required=True)
     for name, (questions, reader, boxes) in FORMATS.items():
         sub = formats.add_parser(name, allow_abbrev=False)
