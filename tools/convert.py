@@ -7,9 +7,8 @@
     python -m tools.convert rows FILE --boxes thousandths --image_root DIR/images --out OUT
     python -m tools.convert parquet FILE.parquet --image_root DIR/images --out OUT
 
-coco, yolo, voc: "Where is the dog?" with all its boxes, "How many ..?", "What objects are in the
-image?"; so every object must be annotated, or marked as a crowd or difficult. refcoco: "Where is
-the left dog?" rows: questions as training reads them, but with boxes written otherwise.
+coco, yolo, voc: "Where is the dog?", "How many ..?", "What objects are in the image?"; so every
+object must be annotated, or be a crowd. refcoco: "Where is the left dog?" rows: their boxes anew.
 
 A format is a reader that yields (where in the file, entry, read): the entry names its image, and
 read(entry) is [(label or expression, its boxes as the file writes them, a crowd?), ..]. The rest is
@@ -95,8 +94,7 @@ def refcoco(args):
 def yolo(args):
     """Objects of files of lines: class, center and size as shares of the image, or a polygon."""
     names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
-    pairs = names.items() if isinstance(names, dict) else enumerate(names)
-    names = {number: str(name) for number, name in pairs}
+    names = dict(enumerate(names)) if isinstance(names, list) else names
 
     def thing(category, *numbers):
         numbers = list(map(float, numbers))
@@ -106,7 +104,7 @@ def yolo(args):
         elif len(numbers) < 6 or len(numbers) % 2:
             raise ValueError("neither class, x, y, width, height nor class and polygon")
         xs, ys = numbers[::2], numbers[1::2]
-        return names[int(category)], [[min(xs), min(ys), max(xs), max(ys)]], False
+        return str(names[int(category)]), [[min(xs), min(ys), max(xs), max(ys)]], False
 
     return named_alike(args, ".txt", lambda entry: [
         thing(*line.split()) for line in entry["path"].read_text().splitlines() if line.strip()])
@@ -160,7 +158,7 @@ def photos(args, faults):
                         "read, as it may run any code; docs/data.md makes JSON of it.") from error
     names = [next((str(entry[key]) for key in NAME_KEYS if isinstance(entry, dict)
                    and entry.get(key)), f"of {where}") for where, entry, _ in parts]
-    paths = {name: attempt(resolve_image, name, args.image_root) for name in names}
+    paths = {name: attempt(resolve_image, name, args.image_root) for name in {*names}}
     sizes = image_sizes(path for path in paths.values() if isinstance(path, str))
     for name, (where, entry, read) in zip(names, parts):
         path = paths[name]
@@ -235,7 +233,7 @@ def objects(args, faults, left_out):
                 many = f'How many objects of the kind "{label}" are in the image?'
                 asked.append(question(image, "math", many, n, n))
         left_out["a crowd or a tiny box"] += len(unsure)
-        if seen == boxes.keys() and all(parse_labels(label) == [label] for label in boxes):
+        if boxes and seen == boxes.keys() and all(parse_labels(label) == [label] for label in boxes):
             shown[image] = frozenset(boxes)
     while (every := frozenset().union(*shown.values())) in shown.values():
         left_out["every label is there"] += 1
@@ -351,8 +349,7 @@ def outputs(args):
     if args.test_share:
         paths["test"] = out.parent.parent / "test" / out.name
         if out.parent.name != "train":
-            raise UserError(f"--out {out}: with --test_share it must lie in a folder train, beside "
-                            "which the folder test will stand.")
+            raise UserError(f"--out {out} must lie in a folder train: --test_share makes its twin.")
     if found := [path for path in paths.values() if path.exists() and not args.force]:
         raise UserError(f"{found[0]} exists already; take another --out, or replace it: --force.")
     return paths
@@ -379,7 +376,8 @@ def convert(args):
             attempt(with_names, row, where, args, True)
     for side, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side]))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side])
+        write_aside(path, text)
         print(path, dict(Counter(row.get("task", "rows") for row in chosen[side])))
 
 
