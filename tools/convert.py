@@ -1,632 +1,418 @@
-"""Annotations that people have -> rows that this project trains on (docs/data.md): open questions, one JSON a line.
+"""Annotations that people have -> open questions for this project, one JSON a line (docs/data.md).
 
-    python -m tools.convert coco instances.json --image_root DIR/images --out DIR/train/open.jsonl --test_share 0.1
-    python -m tools.convert yolo labels/train --names data.yaml --image_root images/train --out DIR/train/open.jsonl
-    python -m tools.convert voc VOC2007/Annotations --image_root VOC2007/JPEGImages --out DIR/test/voc.jsonl
-    python -m tools.convert refcoco FILE --boxes xyxy --image_root DIR/images --out DIR/train/open.jsonl
-    python -m tools.convert rows FILE --boxes thousandths --image_root DIR/images --out DIR/train/open.jsonl
-    python -m tools.convert parquet FILE.parquet --image_root DIR/images --out DIR/train/open.jsonl
+    python -m tools.convert coco instances.json --image_root DIR/images --out DIR/train/open.jsonl
+    python -m tools.convert yolo labels --names data.yaml --image_root DIR/images --out OUT
+    python -m tools.convert voc VOC2007/Annotations --image_root VOC2007/JPEGImages --out OUT
+    python -m tools.convert refcoco FILE --boxes xyxy --image_root DIR/images --out OUT
+    python -m tools.convert rows FILE --boxes thousandths --image_root DIR/images --out OUT
+    python -m tools.convert parquet FILE.parquet --image_root DIR/images --out OUT
 
-coco, yolo, voc: "Where is the dog?" with all its boxes (detection), "What objects are in the image?" (classify), "How
-many ..?" (math). Every object of the categories must be annotated, or marked as a crowd or difficult.
-refcoco: expressions with their boxes -> "Where is the left dog?". A COCO-like JSON whose refs, annotations or images
-carry the expressions (MDETR's files do), or a JSON list or JSONL of them.
-rows: questions as training reads them, but with boxes in another convention. parquet: rows and pictures of the hub.
+coco, yolo, voc: "Where is the dog?", "How many ..?", "What objects are in the image?"; so every
+object must be annotated, or be a crowd. refcoco: "Where is the left dog?" rows: their boxes anew.
 
-Every reader gives what an image could be asked for; the rest is one path. Boxes stay in pixels of the original image.
-An entry that cannot be right is a fault; all are listed with file and index, and with --skip_bad_rows each spoils its
-image, because what is left of its annotations would not be the whole truth. What would make a poor question (a crowd, a
-tiny box) is left out and counted. Nothing is written before all is known.
+A format is a reader that yields (where in the file, entry, read): the entry names its image, and
+read(entry) is [(label or expression, its boxes as the file writes them, a crowd?), ..]. The rest is
+one path: `photos` holds that against the images, `objects` or `expressions` asks, `choose` picks
+and splits. What cannot be right spoils its photo; nothing is written before all is known.
 """
 
 import argparse
-import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
-import shlex
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
 import yaml
 
-from data import answer_of, check_text, checked
-from forms import derive
-from rewards import TASKS, Example
-from support.answers import BOX, parse_boxes, parse_labels
-from support.images import ENDINGS, inspect_image, opened, resolve_image
-from support.rows import bare, declared_tasks, first, one_row, read_rows, row_task
+from data import check_text
+from rewards import TASKS
+from support.answers import BOX, parse_labels
+from support.files import write_aside
+from support.images import ENDINGS, image_sizes, inspect_image, opened, resolve_image
+from support.rows import attempt, declared_tasks, first, one_row, read_rows, row_task
 from support.warnings import family
-from support.words import UserError, command
+from support.words import UserError, command, say
 
-CONVENTIONS = ("xyxy", "xywh", "fractions", "thousandths")  # two corners, corner and size, shares of the image
-NAME_KEYS = ("file_name", "image", "img_name", "image_path", "img_path", "filename")  # of an image, the first there is
+CONVENTIONS = ("xyxy", "xywh", "fractions", "thousandths")  # corners, corner and size, shares
+ASKED, COUNTED, TINY = 4, 10, 0.005  # boxes and objects in an answer at most; share of the image
+NAME_KEYS = ("file_name", "image", "img_name", "image_path", "img_path", "filename")
 BOX_KEYS = ("bbox", "box", "boxes", "bboxes", "solution")
-EXPRESSION_KEYS = ("sent", "raw", "sentences", "sentence", "expressions", "expression", "normal_caption", "captions",
-                   "caption", "refs")
-PICKLE = """is a pickle, which may run any code when it is read, so it is not. If you trust it, make JSON of it once:
-python -c 'import json, pickle; d = json.load(open("instances.json"))
-d["refs"] = pickle.load(open("refs(unc).p", "rb")); json.dump(d, open("refcoco.json", "w"))'"""
+TEXT_KEYS = ("sentences", "sentence", "expressions", "expression", "normal_caption", "caption")
+MISFIT = "is empty or leaves the image"
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError, yaml.YAMLError,
+             ElementTree.ParseError)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A question that may become a row; its image has not been looked at yet."""
-    where: str      # "annotations[3]"
-    image: str      # as the file names it
-    size: tuple     # (width, height) in pixels, or None where the file does not say it
-    task: str
-    problem: str
-    answer: object  # text, or boxes in the file's convention
-    sort: object    # sorts of rows are taken in turn
+# ---- Readers ----
+
+def coco(args):
+    """Objects of an instances file."""
+    value = json.loads(Path(args.file).read_bytes())
+    categories = by_id(value, "categories")
+
+    def read(entry):
+        label = categories[entry["category_id"]]["name"]
+        return [(label, [entry["bbox"]], bool(entry.get("iscrowd")))]
+
+    return ((*found, read) for found in joined(value, "annotations"))
 
 
-# ---- What all readers share ----
+def refcoco(args):
+    """Expressions: RefCOCO's own refs beside annotations, MDETR's captions of images, or a list."""
+    value = args.file.endswith(".jsonl") or json.loads(Path(args.file).read_bytes())
+    if isinstance(value, dict):
+        args.boxes = args.boxes or "xywh"
+        found = joined(value, "refs" if "refs" in value else "annotations")
+    elif args.boxes:
+        found = read_rows(args.file)
+    else:
+        raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
+                        f"{'|'.join(CONVENTIONS)} (VLM-R1's lists: xyxy).")
+    splits = {str(entry.get("split")) for _, entry in found if isinstance(entry, dict)}
+    if len(splits) > 1 and not args.split:
+        raise UserError(f"--split must choose one of {', '.join(sorted(splits))}.")
 
-def corners(box, size, written):
-    """[x1, y1, x2, y2] of a box within an image of `size` (width, height), to 0.01 pixels; UserError if it is none.
+    def read(entry):
+        boxes, texts = (next((entry[key] for key in keys if entry.get(key)), [None])
+                        for keys in (BOX_KEYS, TEXT_KEYS))
+        boxes = boxes if isinstance(boxes[0], list) else [boxes]
+        return [(text["sent"] if isinstance(text, dict) else text, boxes, False)
+                for text in (texts if isinstance(texts, list) else [texts])]
 
-    corners([10, 5, 20.5, 8], (40, 30), "xywh") -> [10, 5, 30.5, 13]; of [500, 0, 1000, 100] in "thousandths":
-    [20, 0, 40, 3]. One pixel outside the image is rounding, and is clipped.
-    """
-    if not (isinstance(box, list) and len(box) == 4
-            and all(type(n) in (int, float) and math.isfinite(n) and abs(n) < 1e6 for n in box)):
-        raise UserError(f"its box {str(box)[:80]} is not four finite numbers.")
-    scale = {"fractions": 1, "thousandths": 1000}.get(written)
-    x1, y1, x2, y2 = [n * side / scale for n, side in zip(box, (*size, *size))] if scale else box
-    x2, y2 = (x1 + x2, y1 + y2) if written == "xywh" else (x2, y2)
-    if x1 >= x2 or y1 >= y2 or min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
-        raise UserError(f"its box {box}, read as {written}, is empty or leaves the image of {size[0]} x {size[1]}"
-                        "; rows and refcoco take --boxes.")
-    inside = [round(min(max(n, 0), side), 2) for n, side in zip((x1, y1, x2, y2), (*size, *size))]
-    return [int(n) if n == int(n) else n for n in inside]
-
-
-def plain(text):
-    """A text on one line; UserError if it is none, or spells what the chat format or answers reserve."""
-    if not isinstance(text, str) or not (text := " ".join(text.split())):
-        raise UserError(f"{str(text)[:80]!r} is no text to ask for.")
-    check_text(text)
-    if found := re.search("</?(image|answer|think)>", text):
-        raise UserError(f"the text holds {found[0]!r}, which questions and answers reserve; remove it.")
-    return text
+    for where, entry in found:
+        if not isinstance(entry, dict) or args.split in (None, entry.get("split")):
+            yield where, entry, read
 
 
-def read_json(path):
-    """The value of a JSON file, or the list of a JSONL file's (None for a broken line); UserError for a pickle."""
-    def line_value(line):
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-    content = Path(path).read_bytes()
-    if content[:1] == b"\x80" or Path(path).suffix in (".p", ".pkl", ".pickle"):
-        raise UserError(f"{path} {PICKLE}")
-    try:
-        text = content.decode("utf-8-sig")
-        jsonl = Path(path).suffix == ".jsonl"
-        return [line_value(line) for line in text.split("\n") if line.strip()] if jsonl else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON in UTF-8: {error}.") from error
+def yolo(args):
+    """Objects of files of lines: class, center and size as shares of the image, or a polygon."""
+    names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
+    names = dict(enumerate(names)) if isinstance(names, list) else names
 
-
-def value_of(entry, key, table=None):
-    """entry[key], a number or text that `table` has, if one is given; else UserError."""
-    if not isinstance(entry, dict):
-        raise UserError("it is not a JSON object {..}.")
-    if type(value := entry.get(key)) not in (int, str) or table is not None and value not in table:
-        raise UserError(f"its {key} is {str(value)[:80]}, which is no {'id' if table is None else 'usable one'}.")
-    return value
-
-
-def by_id(value, name, faults):
-    """{id: (where, entry)} of one of the file's lists. Of entries that share an id none is usable."""
-    found, twice = {}, set()
-    for n, entry in enumerate(value[name]):
-        try:
-            if (key := value_of(entry, "id")) in found:
-                twice.add(key)
-                raise UserError(f"its id {key} is that of {found[key][0]} too.")
-            found[key] = f"{name}[{n}]", entry
-        except UserError as error:
-            faults.append(f"{name}[{n}]: {error}")
-    return {key: pair for key, pair in found.items() if key not in twice}
-
-
-def has_lists(value, *names):
-    return isinstance(value, dict) and all(isinstance(value.get(name), list) for name in names)
-
-
-def image_of(entry):
-    """(name, (width, height) or None) in an entry that describes an image."""
-    name = next((entry[key] for key in NAME_KEYS if entry.get(key)), None)
-    size = entry.get("width"), entry.get("height")
-    return name, size if set(map(type, size)) == {int} else None
-
-
-# ---- Objects of photos: COCO, YOLO, Pascal VOC ----
-
-def coco(args, faults):
-    """(where, image name, size, [(label, box, whether a crowd), ..]) of each whole image of an instances file."""
-    value = read_json(args.file)
-    if not has_lists(value, "images", "annotations", "categories"):
-        raise UserError(f"{args.file} is no instances file: it needs the lists images, annotations and categories.")
-    if any("neg_category_ids" in image for image in value["images"] if isinstance(image, dict)):
-        raise UserError(f"{args.file} is an LVIS file, in which not all objects are annotated; nothing can be counted.")
-    images, categories = by_id(value, "images", faults), by_id(value, "categories", faults)
-    things, bad, seen = defaultdict(list), set(), {}
-    for n, entry in enumerate(value["annotations"]):
-        try:
-            key = value_of(entry, "image_id", images)
-            if seen.setdefault(number := str(entry.get("id", f"[{n}]")), n) != n:
-                raise UserError(f"its id {number} is that of annotations[{seen[number]}] too.")
-            name = plain(categories[value_of(entry, "category_id", categories)][1].get("name"))
-            if not (size := image_of(images[key][1])[1]):
-                raise UserError(f"its image, {images[key][0]}, has no width and height in whole pixels.")
-            things[key].append((name, corners(entry.get("bbox"), size, "xywh"), bool(entry.get("iscrowd"))))
-        except UserError as error:
-            faults.append(f"annotations[{n}]: {error}")
-            bad.add(str(entry.get("image_id") if isinstance(entry, dict) else None))
-    for key in things:
-        if str(key) not in bad:
-            yield images[key][0], *image_of(images[key][1]), things[key]
-
-
-def yolo(args, faults):
-    """The same of a folder of label files "class x y width height", center and size as shares of the image.
-
-    A line of more numbers is a polygon, whose box is taken. Names of the classes stand in --names: a text of one name a
-    line, or the data set's data.yaml. The image of labels/a/1.txt is --image_root/a/1.jpg (or .png, ..).
-    """
-    names, folder = class_names(args.names), Path(args.file)
-
-    def thing(line, size):
-        category, *numbers = line.split()
-        if not category.isdecimal() or int(category) >= len(names):
-            raise UserError(f"its class {category[:40]} has no name in {args.names}.")
-        numbers = [float(number) for number in numbers]
+    def thing(category, *numbers):
+        numbers = list(map(float, numbers))
         if len(numbers) == 4:
             x, y, w, h = numbers
             numbers = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
         elif len(numbers) < 6 or len(numbers) % 2:
-            raise UserError("it is neither class, x, y, width, height nor class and corners of a polygon.")
+            raise ValueError("neither class, x, y, width, height nor class and polygon")
         xs, ys = numbers[::2], numbers[1::2]
-        return plain(names[int(category)]), corners([min(xs), min(ys), max(xs), max(ys)], size, "fractions"), False
+        return str(names[int(category)]), [[min(xs), min(ys), max(xs), max(ys)]], False
 
-    for file in listed(folder, "**/*.txt", args):
-        name = file.relative_to(folder).with_suffix("").as_posix()
-        lines = [(f"{file}:{n}", line) for n, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1)]
-        yield from whole_image(str(file), [name], [(where, line) for where, line in lines if line.strip()], thing,
-                               args, faults)
+    return named_alike(args, ".txt", lambda entry: [
+        thing(*line.split()) for line in entry["path"].read_text().splitlines() if line.strip()])
 
 
-def voc(args, faults):
-    """The same of a folder of XML files. Their pixels count from 1, both ends included; difficult: as a crowd."""
-    def thing(node, size):
-        keys = ("xmin", "ymin", "xmax", "ymax")
-        x1, y1, x2, y2 = (float(node.findtext(f"bndbox/{key}") or "nan") for key in keys)
-        return (plain(node.findtext("name")), corners([x1 - 1, y1 - 1, x2, y2], size, "xyxy"),
-                node.findtext("difficult") == "1")
+def voc(args):
+    """Objects of XML files, whose pixels count from 1, both ends included; difficult: a crowd."""
+    def thing(node):
+        x1, y1, x2, y2 = (float(node.find("bndbox").findtext(key))
+                          for key in ("xmin", "ymin", "xmax", "ymax"))
+        return node.findtext("name"), [[x1 - 1, y1 - 1, x2, y2]], node.findtext("difficult") == "1"
 
-    for file in listed(Path(args.file), "**/*.xml", args):
-        text = file.read_text("utf-8-sig", errors="replace")
-        try:
-            if "<!ENTITY" in text or len(text) > 10_000_000:  # which may unfold to any size
-                raise UserError("it defines entities, or is larger than an annotation is.")
-            tree = ElementTree.fromstring(text.encode())
-        except (ElementTree.ParseError, UserError) as error:
-            faults.append(f"{file}: it cannot be read as XML ({error}).")
-            continue
-        nodes = [(f"{file}, object {n}", node) for n, node in enumerate(tree.iter("object"), 1)]
-        yield from whole_image(str(file), [(tree.findtext("filename") or file.stem).strip(), file.stem], nodes, thing,
-                               args, faults)
+    return named_alike(args, ".xml", lambda entry: [
+        thing(node) for node in ElementTree.parse(entry["path"]).iter("object")])
 
 
-def whole_image(where, names, parts, thing, args, faults):
-    """One image's things, unless it or one of `parts`, [(where, part)], is a fault: then nothing of it is whole."""
-    before = len(faults)
+def named_alike(args, ending, read):
+    """Of --image_root/a/1.jpg the file FILE/a/1.txt (or .xml), by --list those that it names."""
+    root, lines = Path(args.image_root), Path(args.list).read_text() if args.list else ""
+    wanted = {Path(line.split()[0]).stem for line in lines.splitlines() if line.strip()}
+    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS):
+        image = path.relative_to(root)
+        file = Path(args.file, image).with_suffix(ending)
+        if file.exists() and (not args.list or file.stem in wanted):
+            yield file, {"file_name": image.as_posix(), "path": file}, read
+
+
+def by_id(value, name):
+    """{id: entry} of one of the lists of a COCO-like file."""
+    found = {entry["id"]: entry for entry in value[name]}
+    if len(found) < len(value[name]):
+        raise UserError(f"{len(value[name]) - len(found)} of {name} have the id of another.")
+    return found
+
+
+def joined(value, name):
+    """[(where, entry, with what its annotation and its image say)] of a COCO-like file."""
+    images, things = by_id(value, "images"), by_id(value, "annotations")
+    return [(f"{name}[{n}]", entry | things.get(entry.get("ann_id"), {})
+             | images.get(entry["image_id"], {})) for n, entry in enumerate(value[name])]
+
+
+# ---- Things in pixels of their photos ----
+
+def photos(args, faults):
+    """[(image, size, [(text, boxes in pixels, a crowd?), ..]), ..] of images without a fault."""
     try:
-        path = find_image(names, args.image_root)
-        with opened(path) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # boxes are meant upright, as coco's sizes are
-            size = image.size[::-1] if turned else image.size
-    except UserError as error:
-        faults.append(f"{where}: {error}")
-        return
-    things = []
-    for place, part in parts:
-        try:
-            things.append(thing(part, size))
-        except (UserError, ValueError) as error:
-            faults.append(f"{place}: {error}")
-    if things and len(faults) == before:
-        yield where, path, size, things
-
-
-def find_image(names, root):
-    """The path of an image under one of its names, with or without an ending."""
-    for name in (name + ending for name in names for ending in ("", *ENDINGS, *map(str.upper, ENDINGS))):
-        try:
-            return resolve_image(name, root)
-        except UserError:
-            continue
-    raise UserError(f"no image {names[0]} (or .jpg, .png, ..) under {root}.")
-
-
-def class_names(path):
-    """The names of YOLO's classes, in order."""
-    text = Path(path).read_text("utf-8-sig")
-    if Path(path).suffix not in (".yaml", ".yml"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        names = yaml.safe_load(text)["names"]
-        return [str(names[n]) for n in range(len(names))]
-    except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} has no names: [a, b, ..] of the classes 0, 1, ...") from error
-
-
-def listed(folder, pattern, args):
-    """The annotation files below a folder; with --list only those whose names stand in that file, one a line."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder of annotation files.")
-    files = [file for file in sorted(folder.glob(pattern)) if file.name not in ("classes.txt", Path(args.names).name)]
-    lines = Path(args.list).read_text("utf-8-sig").splitlines() if args.list else []
-    wanted = {Path(line.split()[0]).stem for line in lines if line.split()}
-    return [file for file in files if not args.list or file.stem in wanted]
-
-
-def questions(photos, args, left_out):
-    """Candidates of photos, as `coco` gives them."""
-    for where, image, size, things in photos:
-        boxes, tiny, crowds = defaultdict(list), Counter(), {name for name, _, crowd in things if crowd}
-        for name, box, crowd in things:
-            boxes[name] += [] if crowd else [box]
-            area = (box[2] - box[0]) * (box[3] - box[1])
-            tiny[name] += not crowd and area < args.min_share * size[0] * size[1]
-        for name in sorted(boxes):
-            n, ask = len(boxes[name]), functools.partial(Candidate, where, image, size)
-            if name in crowds or tiny[name]:
-                left_out["a crowd" if name in crowds else "tiny boxes"] += 1
-                continue
-            if n <= args.max_boxes:
-                yield ask("detection", f"Where is {'the' if n == 1 else 'every'} {name}?", boxes[name], name)
-            if n <= args.max_count:
-                yield ask("math", f'How many objects of the kind "{name}" are in the image?', str(n), n)
-            left_out["more than --max_boxes or --max_count"] += n > min(args.max_boxes, args.max_count)
-        if any(parse_labels(name) != [name] or tiny[name] == len(boxes[name]) > 0 for name in boxes):
-            left_out["labels of tiny boxes alone, or with commas or brackets"] += 1
+        parts, told, found = list(args.reader(args)), {}, {}
+    except MALFORMED as error:
+        raise UserError(f"{args.file} is not as its format has it: {error!r:.99}. A pickle is not "
+                        "read, as it may run any code; docs/data.md makes JSON of it.") from error
+    names = [next((str(entry[key]) for key in NAME_KEYS if isinstance(entry, dict)
+                   and entry.get(key)), f"of {where}") for where, entry, _ in parts]
+    paths = {name: attempt(resolve_image, name, args.image_root) for name in {*names}}
+    sizes = image_sizes(path for path in paths.values() if isinstance(path, str))
+    for name, (where, entry, read) in zip(names, parts):
+        path = paths[name]
+        things = attempt(in_pixels, entry, read, path, sizes.get(path), args.boxes)
+        if isinstance(things, UserError):
+            told.setdefault((name, str(things)), where)  # once, if it is the image's own
         else:
-            labels = ", ".join(sorted(boxes))
-            yield Candidate(where, image, size, "classify", "What objects are in the image?", labels, "")
+            image = os.path.relpath(path, args.image_root)
+            found.setdefault(name, (image, sizes[path], []))[2].extend(things)
+    faults += [f"{where}: {error}" for (_, error), where in told.items()]
+    spoiled = {name for name, _ in told}
+    return [photo for name, photo in found.items() if name not in spoiled]
 
 
-# ---- Referring expressions ----
-
-def refcoco(args, faults, left_out):
-    """Candidates of referring expressions. One that an image has for different boxes is left out."""
-    found, meant, splits = [], defaultdict(set), set()
-    for where, entry, image in referred(args, faults):
-        splits.add(str(entry.get("split")))
-        if args.split and entry.get("split") != args.split:
-            continue
-        try:
-            (name, size), boxes = image_of(image), boxes_in(entry)
-            texts = [plain(text).rstrip(" .?!") for text in texts_in(entry) or texts_in(image) or [""]]
-            for text in dict.fromkeys(texts):
-                found.append(Candidate(where, name, size, "detection", f"Where is {text}?", boxes, str(name)))
-                meant[str(name), found[-1].problem.lower()].add(str(boxes))
-        except UserError as error:
-            faults.append(f"{where}: {error}")
-    if len(splits) > 1 and not args.split:
-        raise UserError(f"{args.file} holds the splits {', '.join(sorted(splits))}; choose one with --split.")
-    for candidate in found:
-        if len(meant[candidate.sort, candidate.problem.lower()]) == 1:
-            yield candidate
-        else:
-            left_out["an expression for different boxes"] += 1
-
-
-def referred(args, faults):
-    """(where, entry that has the box, entry that names the image) of everything that is referred to."""
-    value = read_json(args.file)
-    if isinstance(value, list):
-        if not args.boxes:
-            raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
-                            f"{' or '.join(CONVENTIONS)} (VLM-R1's lists: xyxy, others mostly: xywh).")
-        rows, name = [(entry, None) for entry in value], ""
-    elif has_lists(value, "images", "annotations"):
-        args.boxes = args.boxes or "xywh"
-        name = "refs" if has_lists(value, "refs") else "annotations"
-        images, boxes = by_id(value, "images", faults), by_id(value, "annotations", faults) if name == "refs" else None
-        shared = Counter(str(entry.get("image_id")) for entry in value[name] if isinstance(entry, dict))
-        rows = [(entry, images) for entry in value[name]]
-    else:
-        raise UserError(f"{args.file} is neither a list of expressions nor an object with images and annotations.")
-    for n, (entry, images) in enumerate(rows):
-        try:
-            if images is None:
-                image = entry if isinstance(entry, dict) else value_of(entry, "image")
-            else:
-                where, image = images[key := value_of(entry, "image_id", images)]
-                entry = {**boxes[value_of(entry, "ann_id", boxes)][1], **entry} if name == "refs" else entry
-                if shared[str(key)] > 1 and not texts_in(entry):
-                    raise UserError(f"its image, {where}, has one caption for {shared[str(key)]} boxes.")
-            yield f"{name}[{n}]", entry, image
-        except UserError as error:
-            faults.append(f"{name}[{n}]: {error}")
-
-
-def boxes_in(entry):
-    """The boxes of an entry, as lists of what they hold: one, several, or none where it says that there is none."""
-    value = next((entry[key] for key in BOX_KEYS if entry.get(key) is not None), None)
-    if isinstance(value, str):
-        found = [[float(n) for n in numbers] for _, *numbers in BOX.findall(value)]
-        if not found and parse_boxes(value) != []:
-            raise UserError(f"its box {value[:80]!r} is not four finite numbers.")
-        return found
-    if value is None and not entry.get("empty_case"):
-        raise UserError(f"it has no box, under any of {', '.join(BOX_KEYS)}, and is not marked as an empty_case.")
-    return value or [] if isinstance(value, list | None) and (not value or isinstance(value[0], list)) else [value]
-
-
-def texts_in(value):
-    """All expressions in a text, in a list, or in an object under the first of EXPRESSION_KEYS that it has."""
-    if isinstance(value, dict):
-        return next((texts_in(value[key]) for key in EXPRESSION_KEYS if value.get(key)), [])
-    return [text for item in value for text in texts_in(item)] if isinstance(value, list) else [value]
-
-
-# ---- Candidates to rows ----
-
-def choose(candidates, args, faults, left_out):
-    """{split: rows}: of each task up to --per_task usable candidates, sorts in turn, a photo's versions together."""
-    chosen, bad, count, inspect = {"train": [], "test": []}, [], Counter(), functools.lru_cache(None)(inspect_image)
-    room = {"train": args.per_task * (1 - args.test_share), "test": args.per_task * args.test_share}
-    pool = {label for c in candidates if c.task == "classify" for label in parse_labels(c.answer)}
-    for c in in_turn(candidates, args.seed):
-        split = split_of(str(c.image), args)
-        if args.per_task and count[split, c.task] >= round(room[split]):
-            continue
-        try:
-            row, example = usable(c, args, inspect)
-        except UserError as error:
-            bad.append(f"{c.where}: {error}")
-            continue
-        try:
-            for form in ("binary", "choice"):
-                derive(example, form, pool=pool if c.task == "classify" else None)
-        except UserError:
-            left_out[f"{c.task} without a possible wrong answer"] += 1
-            continue
-        chosen[split].append(row)
-        count[split, c.task] += 1
-    faults += sorted(bad, key=lambda fault: [  # met in the shuffled order of questions: "a[9]" before "a[10]"
-        (len(word), word) if word.isdigit() else (0, word) for word in re.split("([0-9]+)", fault)])
-    return {split: with_absent_labels(rows, left_out) for split, rows in chosen.items()}
-
-
-def split_of(photo, args):
-    """"train" or "test": all versions of a photo lie in one."""
-    number = random.Random(f"{args.seed}/{family(Path(photo).name)}").random()
-    return "test" if number < args.test_share else "train"
-
-
-def in_turn(candidates, seed):
-    """Shuffled, then one of each (task, sort) in turn, so that no frequent class or count fills the file."""
-    turns = defaultdict(itertools.count)
-    shuffled = random.Random(seed).sample(candidates, len(candidates))
-    return sorted(shuffled, key=lambda candidate: next(turns[candidate.task, candidate.sort]))
-
-
-def usable(candidate, args, inspect):
-    """(row, the Example that it will be read as); UserError if image, boxes or text cannot be used."""
-    path = resolve_image(candidate.image, args.image_root)
-    size, answer = inspect(path), candidate.answer
-    if candidate.size not in (None, size):
-        raise UserError(f"its image {candidate.image} is upright {size[0]} x {size[1]} pixels, but annotated as "
-                        f"{candidate.size[0]} x {candidate.size[1]}.")
-    if candidate.task == "detection":
-        boxes = [{"bbox_2d": corners(box, size, args.boxes)} for box in answer]
-        answer = json.dumps(boxes) if boxes else "no objects"
-    row = {"image": shown_from(path, args), "task": candidate.task, "problem": candidate.problem,
-           "solution": f"<answer>{answer}</answer>"}
-    example = Example(problem=row["problem"], solution=row["solution"], task=row["task"], images=(path,))
-    return row, checked(example, {path: size})
-
-
-def shown_from(path, args):
-    """An image's path as rows name it: from --image_root on."""
-    return Path(path).relative_to(os.path.abspath(args.image_root)).as_posix()
-
-
-def with_absent_labels(rows, left_out):
-    """The rows but for images that show every label of the file: no absent one could be offered for them."""
-    shown = [set(parse_labels(answer_of(row["solution"]).lower())) if row["task"] == "classify" else {""}
-             for row in rows]
-    pool = set().union(*shown) - {""}
-    if pool not in shown:
-        return rows
-    left_out["every label is there"] += shown.count(pool)
-    return with_absent_labels([row for row, labels in zip(rows, shown) if labels != pool], left_out)
-
-
-# ---- Rows to rows ----
-
-def rows_in_pixels(args, faults, left_out):
-    """{split: rows} of a file of questions of any shape, with every box of rows that have boxes in original pixels."""
-    chosen, tasks = {"train": [], "test": []}, declared_tasks(args.task, TASKS)
-
-    def pixels(value, file):
-        row = one_row(value)
-        task = row_task(row, file, tasks) or ("general" if row["chat"] else None)
-        if task not in TASKS:
-            raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
-        paths = [resolve_image(name, args.image_root) for name in row["images"]]
-        texts = [row["problem"], row["solution"] if task == "general" else bare(row["solution"])]
-        if TASKS[task].resize:
-            if len(paths) != 1:
-                raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
-            size = inspect_image(paths[0])
-            texts = [BOX.sub(lambda m: f"{m[1] or ''}{corners([*map(float, m.groups()[1:])], size, args.boxes)}", text)
-                     for text in texts]
-        found = {"images": [shown_from(path, args) for path in paths], "task": task, "problem": texts[0],
-                 "solution": texts[1]}
-        if row["history"]:
-            turns = [*row["history"], ("user", found.pop("problem"))]
-            found["messages"] = [{"role": role, "content": text} for role, text in turns]
-        return found | ({"form": row["form"]} if row["form"] else {})
-
-    for where, value in read_rows(args.file):
-        try:
-            row = pixels(value, Path(where.rpartition(":")[0]))
-            chosen[split_of(row["images"][0] if row["images"] else where, args)].append(row)
-        except UserError as error:
-            faults.append(f"{where}: {error}")
-    return chosen
-
-
-def parquet(args, faults, left_out):
-    """The same of a parquet file, by the user's own pyarrow; pictures in it become files under --image_root."""
+def in_pixels(entry, read, path, size, written):
+    """The things of an entry, their boxes in pixels of the image at `path`, else a UserError."""
     try:
-        from pyarrow import ArrowException
+        things, noted = read(entry), (entry.get("width"), entry.get("height"))
+    except MALFORMED as error:
+        raise UserError(f"it is not as its format has it ({error!r:.99}).") from error
+    if isinstance(path, UserError) or isinstance(size, str):
+        raise UserError(path if size is None else size)
+    if None not in noted and noted != size:
+        raise UserError(f"its image {path} is upright {size[0]} x {size[1]} pixels, but annotated "
+                        f"as {noted[0]} x {noted[1]}.")
+    for text, *_ in things:
+        if not isinstance(text, str) or re.search(r"^\s*$|</?(image|answer|think)>", text):
+            raise UserError(f"{str(text)[:80]!r} is no text to ask for: empty, or with a tag.")
+        check_text(text)
+    return [(" ".join(text.split()), [corners(box, size, written) for box in boxes], crowd)
+            for text, boxes, crowd in things]
+
+
+def corners(box, size, written):
+    """[x1, y1, x2, y2] within an image of `size` (width, height), to 0.01 pixels; else UserError.
+
+    corners([10, 5, 20.5, 8], (40, 30), "xywh") -> [10, 5, 30.5, 13]; of [500, 0, 1000, 100] in
+    "thousandths": [20, 0, 40, 3]. One pixel outside the image is rounding, and is clipped.
+    """
+    if not (isinstance(box, list) and len(box) == 4
+            and all(type(n) in (int, float) and abs(n) < 1e6 for n in box)):
+        raise UserError(f"its box {str(box)[:80]} is not four finite numbers.")
+    sides, scale = (*size, *size), {"fractions": 1, "thousandths": 1000}.get(written)
+    x1, y1, x2, y2 = [n * side / scale for n, side in zip(box, sides)] if scale else box
+    x2, y2 = (x1 + x2, y1 + y2) if written == "xywh" else (x2, y2)
+    if x1 >= x2 or y1 >= y2 or min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
+        raise UserError(f"its box {box}, read as {written}, {MISFIT} of {size[0]} x {size[1]}; "
+                        "coco, refcoco and rows take --boxes, which says how boxes are written.")
+    inside = [round(min(max(n, 0), side), 2) for n, side in zip((x1, y1, x2, y2), sides)]
+    return [int(n) if n == int(n) else n for n in inside]
+
+
+# ---- Photos -> [(row, its images, its sort)]; sorts of a task's rows are taken in turn ----
+
+def objects(args, faults, left_out):
+    """Where, how many, which? Images that show every label of the file are not asked which."""
+    asked, shown = [], {}
+    for image, (width, height), things in photos(args, faults):
+        boxes, seen, unsure = defaultdict(list), set(), set()
+        for label, found, crowd in things:
+            areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in found]
+            tiny = not crowd and min(areas) < TINY * width * height
+            boxes[label] += found
+            seen |= set() if tiny else {label}
+            unsure |= {label} if tiny or crowd else set()
+        for label in sorted(boxes.keys() - unsure):
+            n = len(boxes[label])
+            if n <= ASKED:
+                where = f"Where is {'the' if n == 1 else 'every'} {label}?"
+                asked.append(question(image, "detection", where, boxes[label], label))
+            if n <= COUNTED:
+                many = f'How many objects of the kind "{label}" are in the image?'
+                asked.append(question(image, "math", many, n, n))
+        left_out["a crowd or a tiny box"] += len(unsure)
+        if boxes and seen == boxes.keys() and all(parse_labels(label) == [label] for label in boxes):
+            shown[image] = frozenset(boxes)
+    while (every := frozenset().union(*shown.values())) in shown.values():
+        left_out["every label is there"] += 1
+        shown = {image: labels for image, labels in shown.items() if labels != every}
+    return asked + [question(image, "classify", "What objects are in the image?",
+                             ", ".join(sorted(labels)), labels) for image, labels in shown.items()]
+
+
+def expressions(args, faults, left_out):
+    """Where is what an expression refers to? One that an image has for different boxes: no."""
+    asked = []
+    for image, _, things in photos(args, faults):
+        meant = defaultdict(dict)
+        for text, boxes, _ in things:
+            text = text.rstrip(" .?!")
+            meant[text.lower()][str(boxes)] = text, boxes
+        for found in meant.values():
+            left_out["an expression for different boxes"] += len(found) > 1
+            asked += [question(image, "detection", f"Where is {text}?", boxes, image)
+                      for text, boxes in found.values() if len(found) == 1]
+    return asked
+
+
+def question(image, task, problem, answer, sort):
+    """One entry of the list; an answer of boxes as JSON."""
+    if task == "detection":
+        answer = json.dumps([{"bbox_2d": box} for box in answer])
+    solution = f"<answer>{answer}</answer>"
+    return {"image": image, "task": task, "problem": problem, "solution": solution}, [image], sort
+
+
+# ---- Rows -> the same ----
+
+def rows(args, faults, left_out):
+    """Rows of a file, each in its own shape, their boxes or pictures as training reads them."""
+    look = in_corners if args.boxes else with_names
+    found = [(where, attempt(look, row, where, args)) for where, row in args.reader(args.file)]
+    faults += [f"{where}: {row}" for where, row in found if isinstance(row, UserError)]
+    return [(*row, None) for _, row in found if not isinstance(row, UserError)]
+
+
+def in_corners(row, where, args):
+    """(the row with its task, each list of four numbers in it as a box in pixels; its images)."""
+    read = one_row(row)
+    task = row_task(read, Path(where.rpartition(":")[0]), declared_tasks(args.task, TASKS))
+    if task not in TASKS:
+        raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
+    paths = [resolve_image(name, args.image_root) for name in read["images"]]
+    if TASKS[task].resize:
+        if len(paths) != 1:
+            raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
+        size = inspect_image(paths[0])
+        row = json.loads(BOX.sub(lambda match: (match[1] or "") + str(
+            corners([float(n) for n in match.groups()[1:]], size, args.boxes)), json.dumps(row)))
+    return row | {"task": task}, read["images"]
+
+
+def parquet_rows(path):
+    """("file:row", row) of a parquet file, by the user's own pyarrow."""
+    try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UserError("parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
-    chosen = {"train": [], "test": []}
+        raise UserError("parquet files need pyarrow, so: pip install pyarrow") from error
     try:
-        batches = (row for batch in ParquetFile(args.file).iter_batches(16) for row in batch.to_pylist())
-        for n, row in enumerate(batches, 1):
-            try:
-                row = json.loads(json.dumps(with_files(row, Path(args.image_root)), default=str))
-                chosen[split_of(f"{args.file}:{n}", args)].append(row)
-            except UserError as error:
-                faults.append(f"{args.file}:{n}: {error}")
-    except ArrowException as error:
-        raise UserError(f"{args.file} cannot be read as parquet ({str(error).splitlines()[0]}).") from error
+        batches = (batch.to_pylist() for batch in ParquetFile(path).iter_batches(16))
+        for n, row in enumerate(itertools.chain.from_iterable(batches), 1):
+            yield f"{path}:{n}", row
+    except ValueError as error:  # which ArrowInvalid is
+        raise UserError(f"{path} cannot be read as parquet ({str(error)[:200]}).") from error
+
+
+def with_names(row, where, args, write=False):
+    """(the row with names in place of pictures, its images); only with `write` they are saved."""
+    def name_of(value):
+        if not isinstance(value, bytes):
+            return str(value)
+        with opened(BytesIO(value), "in it") as image:  # the same picture, the same name
+            name = f"{hashlib.sha256(value).hexdigest()[:20]}.{image.format.lower()}"
+        if write:
+            Path(args.image_root, name).write_bytes(value)
+        return name
+    row = json.loads(json.dumps(row, default=name_of), object_hook=lambda value: (
+        value["bytes"] or value["path"] if {*value} == {"bytes", "path"} else value))
+    return row, re.findall(rf'"([^"]+(?:{"|".join(ENDINGS)}))"', json.dumps(row), re.IGNORECASE)
+
+
+# ---- Choosing and writing ----
+
+def choose(questions, args, left_out):
+    """{side: rows}: sides by photo; of each task up to --per_task rows, its sorts in turn."""
+    def side_of(image):  # of all versions of a photo, whatever file names it
+        number = random.Random(f"{args.seed}/{family(Path(image).name)}").random()
+        return "test" if number < args.test_share else "train"
+
+    chosen, count, turns = defaultdict(list), Counter(), defaultdict(itertools.count)
+    room = {"train": args.per_task * (1 - args.test_share), "test": args.per_task * args.test_share}
+    if args.per_task:
+        shuffled = random.Random(args.seed).sample(questions, len(questions))
+        questions = sorted(shuffled, key=lambda asked: next(turns[asked[0]["task"], asked[2]]))
+    for row, images, _ in questions:
+        side, *others = set(map(side_of, images or [json.dumps(row)]))
+        if others:
+            left_out["photos of train and test in one row"] += 1
+        elif not args.per_task or count[side, row["task"]] < round(room[side]):
+            chosen[side].append(row)
+            count[side, row.get("task")] += 1
     return chosen
 
 
-def with_files(value, folder):
-    """A value with every picture in it replaced by the name of its file in `folder`, which is written if it is new."""
-    if isinstance(value, list):
-        return [with_files(item, folder) for item in value]
-    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        return with_files(value["bytes"], folder) if value["bytes"] else value["path"]
-    if isinstance(value, dict):
-        return {key: with_files(item, folder) for key, item in value.items()}
-    if not isinstance(value, bytes):
-        return value
-    with opened(BytesIO(value), "in it") as image:
-        path = folder / f"{hashlib.sha256(value).hexdigest()[:20]}.{image.format.lower()}"  # the same picture, once
-    if not path.exists():
-        write({path: value})
-    return path.name
+def outputs(args):
+    """{"train": --out, and with --test_share "test": the file of its name in the folder test}."""
+    paths = {"train": (out := Path(args.out))}
+    if args.test_share:
+        paths["test"] = out.parent.parent / "test" / out.name
+        if out.parent.name != "train":
+            raise UserError(f"--out {out} must lie in a folder train: --test_share makes its twin.")
+    if found := [path for path in paths.values() if path.exists() and not args.force]:
+        raise UserError(f"{found[0]} exists already; take another --out, or replace it: --force.")
+    return paths
 
-
-# ---- Writing ----
 
 def convert(args):
     """The whole conversion; prints what was written, what was left out and how to look at it."""
     faults, left_out, paths = [], Counter(), outputs(args)
-    chosen = args.read(args, faults, left_out)
-    faults = list(dict.fromkeys(faults))  # an image's fault is met once for each of its questions
-    if faults and not args.skip_bad_rows:
-        raise UserError("\n".join([f"{args.file}: {len(faults)} entries cannot be used.", *first(faults),
-                                   "Correct them, or drop what they spoil with --skip_bad_rows."]))
-    print("".join(f"left out: {n} x {reason}\n" for reason, n in left_out.most_common() if n), end="")
-    if empty := [split for split in paths if not chosen[split]]:
-        raise UserError("\n".join([f"{args.file} gives no {empty[0]} rows; flags say what is taken (--help).",
-                                   *first(faults)]))
+    questions = args.questions(args, faults, left_out)
+    misfits = sum(MISFIT in fault for fault in faults)  # so many: boxes are written otherwise
+    if faults and (misfits > 0.1 * len(questions) or not args.skip_bad_rows):
+        raise UserError("\n".join([
+            f"{args.file}: {len(faults)} entries cannot be used.", *first(faults), "Correct them, "
+            "say how boxes are written with --boxes, or drop bad rows with --skip_bad_rows."]))
+    chosen = choose(questions, args, left_out)
+    print("".join(f"left out: {n} x {why}\n" for why, n in left_out.most_common() if n), end="")
     if faults:
-        print(f"dropped {len(faults)} bad entries and what they spoil, the first {faults[0]}", file=sys.stderr)
-    write({path: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[split]).encode()
-           for split, path in paths.items()})
-    for split, path in paths.items():
-        tasks = Counter(row.get("task") for row in chosen[split])
-        print(f"{path}: " + ", ".join(f"{n} {task or 'rows'}" for task, n in sorted(tasks.items(), key=str)))
-    print(f"to look at it: python -m tools.pictures examples {shlex.quote(args.out)} "
-          f"--image_root {shlex.quote(args.image_root)}")
+        say(f"dropped {len(faults)} bad entries and what they spoil, the first {faults[0]}")
+    if empty := [side for side in paths if not chosen[side]]:
+        raise UserError(f"{args.file} gives no {empty[0]} rows with images of {args.image_root}.")
+    if args.reader is parquet_rows:
+        os.makedirs(args.image_root, exist_ok=True)
+        for where, row in parquet_rows(args.file):
+            attempt(with_names, row, where, args, True)
+    for side, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side])
+        write_aside(path, text)
+        print(path, dict(Counter(row.get("task", "rows") for row in chosen[side])))
 
 
-def outputs(args):
-    """{"train": --out, and with --test_share "test": its twin under test/}; UserError if one exists already."""
-    paths, parts = {"train": Path(args.out)}, list(Path(args.out).parts)
-    if args.test_share:
-        if "train" not in parts[:-1]:
-            raise UserError(f"--out {args.out}: with --test_share it must lie in a folder train, for a twin in test.")
-        parts[len(parts) - 1 - parts[::-1].index("train")] = "test"
-        paths["test"] = Path(*parts)
-    if found := [str(path) for path in paths.values() if path.exists() and not args.force]:
-        raise UserError(f"{' and '.join(found)} exists already; name another --out, or replace it with --force.")
-    return paths
-
-
-def write(files):
-    """Write {path: bytes}; all are written aside before any appears."""
-    asides = {path.with_name(f".writing-{path.name}"): path for path in files}
-    for aside, path in asides.items():
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(files[path])
-    for aside, path in asides.items():
-        aside.rename(path)
-
-
-# ---- Command line ----
-
-def share(text):
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to below 1")
-    return value
+FORMATS = {  # name: (what makes questions, reader, how boxes are written)
+    "coco": (objects, coco, "xywh"), "yolo": (objects, yolo, "fractions"),
+    "voc": (objects, voc, "xyxy"), "refcoco": (expressions, refcoco, None),
+    "rows": (rows, read_rows, "xyxy"), "parquet": (rows, parquet_rows, None)}
+FLAGS = (  # formats that have it, flag, settings
+    ("yolo", "--names", {"required": True, "help": "data.yaml, which names the classes"}),
+    ("yolo voc", "--list", {"help": "text that names the files to take, such as val.txt"}),
+    ("refcoco", "--split", {"help": 'only entries whose "split" is this'}),
+    ("rows", "--task", {"nargs": "+", "help": "of rows that name none: TASK or NAME=TASK"}),
+    ("coco refcoco rows", "--boxes", {"choices": CONVENTIONS, "help": "how boxes are written"}),
+    ("coco yolo voc refcoco", "--per_task", {"type": int, "help": "rows; 0: no limit [3000]"}),
+    ("", "--image_root", {"required": True, "help": "folder that images' names start from"}),
+    ("", "--out", {"required": True, "help": "JSONL to write, such as DIR/train/open.jsonl"}),
+    ("", "--test_share", {"type": float, "default": 0, "help": "of photos that go to test/ [0]"}),
+    ("", "--seed", {"type": int, "default": 0, "help": "of what is chosen and goes to test/ [0]"}),
+    ("", "--skip_bad_rows", {"action": "store_true", "help": "drop what cannot be used"}),
+    ("", "--force", {"action": "store_true", "help": "replace files that exist"}))
 
 
 @command
 def main(argv=None):
-    """A subcommand for each kind of file."""
-    def of_photos(reader):
-        return lambda args, faults, left_out: choose(
-            list(questions(reader(args, faults), args, left_out)), args, faults, left_out)
-    kinds = {"coco": (of_photos(coco), "instances JSON -> detection, classify and math rows"),
-             "yolo": (of_photos(yolo), "a folder of label files -> the same"),
-             "voc": (of_photos(voc), "a folder of Pascal VOC's XML -> the same"),
-             "refcoco": (lambda *told: choose(list(refcoco(*told)), *told), "referring expressions -> detection rows"),
-             "rows": (rows_in_pixels, "rows whose boxes are not in pixels"),
-             "parquet": (parquet, "rows and pictures of the hub, with your own pyarrow")}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    for name, (read, text) in kinds.items():
-        add = commands.add_parser(name, help=text, allow_abbrev=False).add_argument
-        if name in ("coco", "yolo", "voc"):
-            add("--max_boxes", type=int, default=4, help="boxes in one answer at most [4]")
-            add("--max_count", type=int, default=10, help="objects in one count at most [10]")
-            add("--min_share", type=share, default=0.005, help="boxes of a smaller share are tiny [0.005]")
-        if name in ("yolo", "voc"):
-            add("--list", default="", help="text that names the annotation files to take, such as val.txt")
-            add("--names", required=name == "yolo", default="", help="data.yaml, or a text of one class a line")
-        if name == "refcoco":
-            add("--split", default="", help='only entries whose "split" is this')
-        if name == "rows":
-            add("--task", nargs="+", default=[], help="of rows that name none: TASK, or NAME=TASK by file")
-        if name in ("refcoco", "rows"):
-            add("--boxes", choices=CONVENTIONS, required=name == "rows", help="two corners, corner and size, or two "
-                "corners as shares or thousandths of the image")
-        if name not in ("rows", "parquet"):
-            add("--per_task", type=int, default=3000, help="rows a task at most; 0: no limit [3000]")
-        add("file", metavar="FILE", help="JSON, JSONL or parquet; yolo, voc: a folder")
-        add("--image_root", required=True, help="folder that the images' names start from")
-        add("--out", required=True, help="JSONL to write, such as DIR/train/open.jsonl")
-        add("--test_share", type=share, default=0.0, help="share of the photos that goes to test/ [0]")
-        add("--seed", type=int, default=0, help="of what is chosen and what goes to test/")
-        add("--skip_bad_rows", action="store_true", help="drop and count what cannot be used")
-        add("--force", action="store_true", help="replace a file that exists")
-        commands.choices[name].set_defaults(read=read, **({} if name in ("refcoco", "rows") else {"boxes": "xyxy"}))
+    """A subcommand for each format."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    formats = parser.add_subparsers(required=True)
+    for name, (questions, reader, boxes) in FORMATS.items():
+        sub = formats.add_parser(name, allow_abbrev=False)
+        sub.add_argument("file", metavar="FILE", help="JSON, JSONL or parquet; yolo, voc: a folder")
+        for names, flag, settings in FLAGS:
+            if not names or name in names.split():
+                sub.add_argument(flag, **settings)
+        sub.set_defaults(questions=questions, reader=reader, boxes=boxes,
+                         per_task=3000 if questions is not rows else 0)
     convert(parser.parse_args(argv))
 
 
