@@ -4,20 +4,12 @@
     python -m demo.ablation --model MODEL --data DIR --out OUT --steps 600 500 2300 \\
         --reject_steps 400 --seeds 0 1 2 --flags=--checkpoint_activations    # with a real model
 
-A row is a curriculum, and a row that is the beginning of another is read off that one's run. Every
-run is a command that anybody can run: demo/base.py makes a base model, currreft.py trains. What is
-finished is not done again; a run that was killed is resumed. OUT gets
-
-    BASE/RUN-SEED/          run directories of currreft.py: predictions, checkpoints, log
-    results.md              tables of what is there so far
-    settings.png            three rows in every setting, run by run
-
-With the demo's worlds all rows run on one base model, three of them in other settings as well
-(SETTINGS in demo/plan.py), on each of two worlds with bases of their own:
-
-    habit-WORLD             the base hardly ever reasons before an open answer
-    reasons-0.15-WORLD      it reasons more often, so that open questions score from the start
-    parts-N-WORLD           no habit: an open answer has N parts; yes/no and letters ask one alone
+A row is a curriculum, and a row that is the beginning of another is read off that one's run. Every run is a
+command that anybody can run: demo/base.py makes a base model, currreft.py trains. What is finished is not
+done again; a run that was killed is resumed. OUT gets the run directories, BASE/RUN-SEED/, and of what is
+there so far results.md, tables, and settings.png, three rows in every setting, run by run. With the demo's
+worlds all rows run on one base model, three of them in other settings as well (SETTINGS in demo/plan.py), on
+each of two worlds with bases of their own.
 """
 
 import argparse
@@ -50,16 +42,16 @@ def call(words, log, gpus=0):
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = {} if gpus else {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        code = subprocess.run(words, cwd=PROJECT, env={**os.environ, **threads}, stdout=file,
-                              stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(words, cwd=PROJECT, env={**os.environ, **threads}, stdin=subprocess.DEVNULL,
+                              stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         last = log.read_text().strip().rpartition("\n")[2] or "it said nothing"
         raise RuntimeError(f"{shlex.join(words[:2])} ended with {code}: {last} (see {log})")
 
 
-def make_bases(bases):
-    """demo/base.py for the bases in one folder, one after another; finished ones are left alone."""
-    for flags in dict.fromkeys(base.made for base in bases):
+def make_bases(calls):
+    """demo/base.py with the flags of bases in one folder, one after another; finished ones are left alone."""
+    for flags in dict.fromkeys(calls):
         call([sys.executable, "-m", "demo.base", "--threads", "1", *flags], Path(f"{flags[1]}.log"))
 
 
@@ -84,7 +76,6 @@ def work(tasks, jobs):
     failed = {}
 
     def do(name):
-        """Run one task, and say how it ended."""
         started = time.perf_counter()
         try:
             tasks[name]()
@@ -114,18 +105,15 @@ def parse_flags(argv):
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of training")
     add("--other_seeds", type=int, default=2, help="as many of them for rows not in other settings")
-    add("--base_seeds", type=int, nargs="+", default=[0, 1],
-        help="of the demo's worlds and base models; all rows run on the first")
+    add("--base_seeds", type=int, nargs="+", default=[0, 1], help="of worlds; all rows run on the first")
     add("--variant", action="append", default=[], metavar="FLAGS",
         help='other flags of currreft.py to run three rows under: --variant="--beta 0"; repeatable')
     add("--flags", default="", help='more flags of currreft.py in one word, --flags="--beta 0"')
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time on a CPU")
     add("--report", action="store_true", help="run nothing: tables and picture of what is there")
     args = parser.parse_args(argv)
-    if bool(args.model) != bool(args.data):
-        parser.error("--model and --data go together")
-    if min(*args.steps, args.reject_steps, args.jobs) < 1:
-        parser.error("--steps, --reject_steps and --jobs must be at least 1")
+    if bool(args.model) != bool(args.data) or min(*args.steps, args.reject_steps, args.jobs) < 1:
+        parser.error("--model and --data go together; --steps, --reject_steps and --jobs must be at least 1")
     for name in ("out", "model", "data"):  # commands run in this project, wherever they are called
         if (value := getattr(args, name)) and (name != "model" or Path(value).exists()):
             setattr(args, name, str(Path(value).absolute()))
@@ -139,8 +127,7 @@ def main(argv=None):
     args.gpus = torch.cuda.device_count()
     args.jobs = 1 if args.gpus else args.jobs
     args.flags = f"{'' if args.model else DEMO_FLAGS} {args.flags} "
-    bases = [Base("base", args.model, args.data)] if args.model else demo_bases(
-        args.out, args.base_seeds)
+    bases = [Base("base", args.model, args.data)] if args.model else demo_bases(args.out, args.base_seeds)
     bases += [replace(bases[0], name=bases[0].name + flags.replace(" ", ""), setting=flags,
                       flags=flags, rows=COMPARED, seeds=2) for flags in args.variant]
     # what is not there, and what currreft.py would refuse, is said before anything runs
@@ -148,12 +135,10 @@ def main(argv=None):
         find_files(args.data)
     config = [run_settings(shlex.split(args.flags + base.flags)) for base in bases][0]
     rows, jobs = plan(args, bases)
-    failed, worlds = {}, {}
-    for base in bases:
-        if base.made:
-            worlds.setdefault(base.made[1], []).append(base)
+    made, failed = [base.made for base in bases if base.made], {}
     if not args.report:
-        failed = work({name: partial(make_bases, made) for name, made in worlds.items()}, args.jobs)
+        folders = {flags[1]: [other for other in made if other[1] == flags[1]] for flags in made}
+        failed = work({name: partial(make_bases, calls) for name, calls in folders.items()}, args.jobs)
         failed |= work({str(job.folder): partial(train_job, job, args) for job in jobs}, args.jobs)
     for name, sentence in failed.items():
         say(f"not finished: {name}: {sentence}")

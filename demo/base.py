@@ -3,18 +3,18 @@
     python -m demo.base --out runs/demo           # about 5 minutes on two cores
 
 writes the data set to runs/demo/data/, some of its questions to runs/demo/examples.png, and two
-Qwen2_5_VLForConditionalGeneration of 1.7 million parameters to runs/demo/careful/ and base/; with
---parts the second world's data to parts-1/ .. parts-3/, and careful/. All follows from --seed.
+Qwen2_5_VLForConditionalGeneration of 1.7 million parameters to runs/demo/careful/ and base/; with --parts the
+second world's data to parts-1/ .. parts-3/, and careful/. All follows from --seed.
 
-The careful model. (1) A vision warm-up: the output head, laid on the image tokens, must name the
-objects. (2) Supervised pre-training on careful answers, whose reasoning makes the answer a copy.
+The careful model has (1) a vision warm-up: the output head, laid on the image tokens, must name the objects;
+(2) supervised pre-training on careful answers, whose reasoning makes the answer a copy.
 
-The base model is the careful one with a bad habit, which imitates an instruct model that can, but
-does not bother: it reasons with the probabilities --reasons (binary, choice, open), and otherwise
-answers at once: a guess where there is something to choose from, something vague and never right
-where there is not ("some"). By default it reasons before 15 % of its yes/no and option letters and
-one of 1,000 open answers. So what RL finds here, the model knew before the habit: it is recovered,
-not discovered; and how rarely an open answer scores is a number that we choose.
+The base model is the careful one with a bad habit, which imitates an instruct model that can, but does not
+bother: it reasons with the probabilities --reasons (binary, choice, open), and otherwise answers at once: a
+guess where there is something to choose from, something vague and never right where there is not ("some"). By
+default it reasons before 15 % of its yes/no and option letters and one of 1,000 open answers. So what RL
+finds here, the model knew before the habit: it is recovered, not discovered; and how rarely an open answer
+scores is a number that we choose.
 """
 
 import argparse
@@ -25,14 +25,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig
@@ -40,10 +41,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import instruction, prompt_messages
-from demo.world import (
-    COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, Question, ask, careful_response,
-    draw, example_of, general_question, hasty_response, parts_question, parts_scene, random_scene,
-    write_data, write_parts)
+from demo.world import COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, ask
+from demo.world import careful_response, draw, example_of, general_question, hasty_response, parts_question
+from demo.world import parts_scene, random_scene, write_data, write_parts
 from rewards import FORMS, TASKS, Example
 from support.tiny import SPLIT, TEMPLATE, byte_bpe
 from support.words import UserError, command
@@ -57,8 +57,8 @@ SPECIAL_TOKENS = [f"<|{name}|>" for name in (
 def corpus_tokenizer(lessons):
     """Byte-level BPE on prompts and careful answers, words for objects, and the numbers of pixels.
 
-    Reasoning tags are ordinary added tokens, so that decoding keeps them. So is a whole format
-    instruction of data.py: prompts, and with them every step, become half as long.
+    Reasoning tags are ordinary added tokens, so that decoding keeps them. So is a whole format instruction of
+    data.py: prompts, and with them every step, become half as long.
     """
     turns = (turn for row in lessons for turn in prompt_messages(row.example))
     prompts = (part.get("text", "") for turn in turns for part in turn["content"])
@@ -67,15 +67,15 @@ def corpus_tokenizer(lessons):
              *map(str, range(SIDE + 1)), HASTE, "some"]
     rules = {instruction(Example(problem="", solution="", task=task, form=form))
              for task in TASKS for form in FORMS}
-    bpe = byte_bpe([*prompts, *answers, *words, *words], 1024, min_frequency=2,
-                   split=SPLIT.replace(r"|\p{N}|", r"|\p{N}+|"))  # a whole number is one token
+    split = SPLIT.replace(r"|\p{N}|", r"|\p{N}+|")  # a whole number is one token
+    bpe = byte_bpe([*prompts, *answers, *words, *words], 1024, split, min_frequency=2)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS, model_max_length=4096)
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False)
-                          for text in ("<think>", "</think>", "<answer>", "</answer>", *sorted(rules))])
-    tokenizer.chat_template = re.sub(  # without a system prompt
-        r"{% if loop.first.*?{% endif %}", "", TEMPLATE, flags=re.DOTALL)
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096,
+        additional_special_tokens=SPECIAL_TOKENS)
+    added = "<think>", "</think>", "<answer>", "</answer>", *sorted(rules)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    system = r"{% if loop.first.*?{% endif %}"  # there is none
+    tokenizer.chat_template = re.sub(system, "", TEMPLATE, flags=re.DOTALL)
     return tokenizer
 
 
@@ -85,20 +85,17 @@ def build_model(tokenizer, seed):
     text = dict(
         vocab_size=64 * math.ceil(len(tokenizer) / 64),  # padded, as Qwen's is
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.06,
+        num_key_value_heads=2, initializer_range=0.06, max_position_embeddings=4096, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
-        tie_word_embeddings=True, bos_token_id=end, eos_token_id=stop, pad_token_id=end)
-    vision = dict(
-        depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=128,
-        window_size=112, fullatt_block_indexes=[0, 1], initializer_range=0.06)
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, initializer_range=0.06,
-        image_token_id=image, video_token_id=video, vision_start_token_id=left,
-        vision_end_token_id=right)
+        bos_token_id=end, eos_token_id=stop, pad_token_id=end)
+    vision = dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=128,
+                  window_size=112, fullatt_block_indexes=[0, 1], initializer_range=0.06)
     torch.manual_seed(seed)
-    model = Model(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=end, pad_token_id=end, eos_token_id=[stop, end], do_sample=True)
+    model = Model(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, initializer_range=0.06,
+        image_token_id=image, video_token_id=video, vision_start_token_id=left, vision_end_token_id=right))
+    ends = {"bos_token_id": end, "pad_token_id": end, "eos_token_id": [stop, end]}
+    model.generation_config = GenerationConfig(**ends, do_sample=True)
     return model
 
 
@@ -114,25 +111,13 @@ def pixels_of(scenes):
     pixels = torch.tensor(np.stack([np.asarray(draw(scene)) for scene in scenes])) / 255
     pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)  # (N, 84, 84, 3)
     pixels = pixels.view(-1, 3, 2, 14, 3, 2, 14, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-    frames = pixels.reshape(-1, 3, 1, 14, 14).expand(-1, 3, 2, 14, 14)  # two equal ones
-    return frames.reshape(-1, 1176)
+    return pixels.reshape(-1, 3, 1, 14, 14).expand(-1, 3, 2, 14, 14).reshape(-1, 1176)  # two equal frames
 
 
-class Lesson(NamedTuple):
-    """A question to learn from; `images` are numbers of scenes."""
-
-    images: tuple
-    question: Question
-    example: Example
-
-
-class TokenizedLesson(NamedTuple):
-    """With `odds`, the log-odds of reasoning are taught in place of the thought's first token."""
-
-    images: tuple
-    prompt: list
-    response: list
-    odds: float | None = None
+# A question to learn from; `images` are numbers of scenes.
+Lesson = namedtuple("Lesson", "images question example")
+# With `odds`, not None, the log-odds of reasoning are taught in place of the thought's first token.
+TokenizedLesson = namedtuple("TokenizedLesson", "images prompt response odds")
 
 
 def parts_lesson(scenes, index, rng):
@@ -152,22 +137,21 @@ def shapes_lesson(scenes, index, rng):
     other = rng.randrange(len(scenes))
     needs, question = general_question(scenes[index], scenes[other], rng)
     images = (index, other)[:needs]
-    return Lesson(images, question, Example(problem=question.problem, solution=question.answer,
-                                            task=task, images=tuple(f"{n}.png" for n in images)))
+    return Lesson(images, question, Example(problem=question.problem, solution=question.answer, task=task,
+                                            images=tuple(f"{n}.png" for n in images)))
 
 
 def school(name, count, parts=False):
     """(scenes, four lessons on each, rng): `count` scenes of one of the two worlds, by the name."""
-    rng = random.Random(name)
     scene, lesson = (parts_scene, parts_lesson) if parts else (random_scene, shapes_lesson)
+    rng = random.Random(name)
     scenes = [scene(rng) for _ in range(count)]
     return scenes, [lesson(scenes, n // 4, rng) for n in range(4 * count)], rng
 
 
 def prompt_text(tokenizer, example):
     """What data.Processor feeds the model (a test compares), with nine image tokens an image."""
-    text = tokenizer.apply_chat_template(
-        prompt_messages(example), tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(prompt_messages(example), tokenize=False, add_generation_prompt=True)
     return text.replace("<|image_pad|>", "<|image_pad|>" * 9)
 
 
@@ -175,7 +159,6 @@ def prompt_text(tokenizer, example):
 
 class Teacher:
     """Supervised training of the tiny model. The pixels of all scenes are kept in memory."""
-
     def __init__(self, model, tokenizer, scenes):
         self.model, self.tokenizer, self.scenes = model, tokenizer, scenes
         self.pixels = pixels_of(scenes).view(len(scenes), 36, 1176)
@@ -188,13 +171,12 @@ class Teacher:
         targets = [odds[row.example.form] if odds and row.example.task != "general" else None
                    for row in lessons]
         ids = (self.tokenizer(texts)["input_ids"] for texts in (prompts, responses))
-        return [TokenizedLesson(row.images, *item) for row, *item in zip(lessons, *ids, targets)]
+        return list(map(TokenizedLesson, (row.images for row in lessons), *ids, targets))
 
     def features(self, images):
         """(images, 9, hidden) image tokens."""
         grid = torch.tensor([[1, 6, 6]] * len(images))
-        pixels = self.pixels[images].flatten(0, 1)
-        tokens = self.model.model.visual(pixels, grid_thw=grid).pooler_output
+        tokens = self.model.model.visual(self.pixels[images].flatten(0, 1), grid_thw=grid).pooler_output
         return tokens.view(len(images), 9, -1)
 
     def look(self, images):
@@ -202,31 +184,26 @@ class Teacher:
 
         Gradients of the cross-entropy to that uniform bag. Returns it, at best log 3 = 1.1.
         """
-        words = ([f"\u0120{word}" for word in (*s[:2], PLACES[s.cell])]
-                 for n in images for s in self.scenes[n])
+        scenes = [self.scenes[n] for n in images]
+        words = ([f"\u0120{word}" for word in (*s[:2], PLACES[s.cell])] for scene in scenes for s in scene)
         bags = torch.tensor([self.tokenizer.convert_tokens_to_ids(bag) for bag in words])
-        tokens = torch.cat([row[[s.cell for s in self.scenes[n]]]
-                            for n, row in zip(images, self.features(images))])
-        hidden = self.model.model.language_model.norm(tokens)
-        logps = self.model.lm_head(hidden).log_softmax(-1)  # (objects, vocabulary)
-        loss = -logps.gather(-1, bags).mean()
+        looks = zip(scenes, self.features(images))
+        tokens = torch.cat([nine[[s.cell for s in scene]] for scene, nine in looks])
+        logits = self.model.lm_head(self.model.model.language_model.norm(tokens))  # (objects, vocabulary)
+        loss = -logits.log_softmax(-1).gather(-1, bags).mean()
         loss.backward()
         return loss.item()
 
     def study(self, items, buckets=4):
-        """A supervised step in `buckets` parts of similar length; images are seen once.
-
-        Gradients of the mean -log p of the response tokens. Returns it.
-        """
+        """Gradients of the mean -log p of response tokens, in `buckets` parts of similar length; returns it."""
         images = sorted({n for item in items for n in item.images})
-        features = self.features(images)
+        features = self.features(images)  # each image is seen once
         leaf = features.detach().requires_grad_()
-        image_tokens = dict(zip(images, leaf))
         items = sorted(items, key=lambda item: len(item.prompt) + len(item.response))
-        tokens = sum(len(item.response) for item in items)
-        size, loss = math.ceil(len(items) / buckets), 0.0
+        tokens, loss = sum(len(item.response) for item in items), 0.0
+        size = math.ceil(len(items) / buckets)
         for start in range(0, len(items), size):
-            part = self.response_loss(items[start:start + size], image_tokens) / tokens
+            part = self.response_loss(items[start:start + size], dict(zip(images, leaf))) / tokens
             part.backward()
             loss += part.item()
         features.backward(leaf.grad)
@@ -235,39 +212,34 @@ class Teacher:
     def response_loss(self, items, image_tokens):
         """Sum of -log p over the response tokens, teacher forced.
 
-        Where an item has `odds`, the token that decides for or against reasoning costs the squared
-        error of their log-odds: -log p alone could not teach a probability of one in thousands.
+        Where an item has `odds`, the token that decides for or against reasoning costs the squared error of
+        their log-odds: -log p alone could not teach a probability of one in thousands.
         """
-        rows = [item.prompt + item.response for item in items]
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])  # (B, T)
+        ids = pad_sequence([torch.tensor(item.prompt + item.response) for item in items], True)  # (B, T)
         odds = torch.tensor([item.odds for item in items if item.odds is not None])
-        decides, said = torch.zeros(2, len(rows), length - 1, dtype=torch.bool)  # of the next token
+        decides, said = torch.zeros(2, *ids[:, 1:].shape, dtype=torch.bool)  # of the next token
         for n, item in enumerate(items):
             start = len(item.prompt) - 1
             said[n, start:start + len(item.response)] = True
             decides[n, start + 1] = item.odds is not None
         said &= ~decides
         text = self.model.model.language_model
-        embeds, grid = text.embed_tokens(ids), None
-        is_image = ids == self.model.config.image_token_id
+        embeds, grid, is_image = text.embed_tokens(ids), None, ids == self.model.config.image_token_id
         if pictures := [image_tokens[n] for item in items for n in item.images]:
             embeds = embeds.masked_scatter(is_image[..., None], torch.cat(pictures))
             grid = torch.tensor([[1, 6, 6]] * len(pictures))
         positions, _ = self.model.model.get_rope_index(
             ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid)  # (3, B, T)
         # Padding is on the right and attention causal, so no mask is needed.
-        hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False)
-        hidden, targets = hidden.last_hidden_state[:, :-1], ids[:, 1:]
-        logits = self.model.lm_head(hidden[said])
-        loss = F.cross_entropy(logits, targets[said], reduction="sum")
+        hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state[:, :-1]
+        targets = ids[:, 1:]
+        loss = F.cross_entropy(self.model.lm_head(hidden[said]), targets[said], reduction="sum")
         return loss + self.decision_loss(hidden[decides], targets[decides], odds)
 
     def decision_loss(self, hidden, targets, odds):
         """Squared error of the log-odds of reasoning, and -log P(thought's first token | reasons).
 
-        hidden (n, hidden) behind "<think>", targets (n,), odds (n,). Exact for any probability;
-        what is rare must still make sense.
+        hidden (n, hidden) behind "<think>", targets (n,), odds (n,). What is rare must still make sense.
         """
         logits = self.model.lm_head(hidden)
         reasons = logits.index_fill(1, torch.tensor(self.haste), -torch.inf)
@@ -280,16 +252,14 @@ def pretrain(name, steps, step, optimizers):
     """`steps` steps, 20 of linear warm-up, then cosine to zero; step(n) adds gradients."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
-    with tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True) as bar:
-        for n in bar:
-            bar.set_postfix(loss=f"{step(n):.3f}", refresh=False)
-            wave = 1 + math.cos(math.pi * n / steps)
-            for group, peak in zip(groups, peaks):
-                group["lr"] = peak * min(1, (n + 1) / 20) * 0.5 * wave
-                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+    for n in (bar := tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True)):
+        bar.set_postfix(loss=f"{step(n):.3f}", refresh=False)
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / steps))
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Muon(torch.optim.Optimizer):
@@ -307,10 +277,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 same = [p for p in group["params"] if p.shape == shape]
-                for p in same:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    mean.lerp_(p.grad, 1 - group["momentum"])
-                ahead = [p.grad.lerp(self.state[p]["mean"], group["momentum"]) for p in same]
+                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in same]
+                ahead = [p.grad.lerp(mean.lerp_(p.grad, 1 - group["momentum"]), group["momentum"])
+                         for p, mean in zip(same, means)]
                 for p, update in zip(same, orthogonal(torch.stack(ahead))):
                     p.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(shape)))
 
@@ -337,30 +306,26 @@ def muon_and_adamw(model):
 def build_careful(folder, seed, steps, count=6400, parts=False):
     """Makes the careful model from `count` scenes and saves it."""
     scenes, lessons, rng = school(f"base {seed}", count, parts)
-    tokenizer = corpus_tokenizer(lessons)
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer := corpus_tokenizer(lessons), seed)
     teacher = Teacher(model, tokenizer, scenes)
 
     def batch(n, of):  # 64 rows: 16 scenes with their four questions
         return [of[i % len(of)] for i in range(64 * n, 64 * n + 64)]
 
     def answer(question, example):  # a tenth of guesses, so that a habit needs no new words
-        if not parts and example.task != "general" and rng.random() < 0.1:
-            return hasty_response(question, example, rng)
-        return careful_response(question, example)
+        hasty = not parts and example.task != "general" and rng.random() < 0.1
+        return hasty_response(question, example, rng) if hasty else careful_response(question, example)
 
     pretrain("vision warm-up", 100, lambda n: teacher.look(batch(n, range(count))),
              [AdamW(model.parameters(), 4e-3, weight_decay=0.0)])
     items = teacher.tokenized(lessons, answer)
-    pretrain("pre-training", steps, lambda n: teacher.study(batch(n, items)),
-             muon_and_adamw(model))
+    pretrain("pre-training", steps, lambda n: teacher.study(batch(n, items)), muon_and_adamw(model))
     save_model(folder, model, tokenizer)
 
 
 def build_base(folder, careful, seed, reasons, steps=120):
     """Teaches the model in `careful` to reason with probabilities `reasons`, and saves it."""
-    model = Model.from_pretrained(careful)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(careful)
+    model, tokenizer = Model.from_pretrained(careful), PreTrainedTokenizerFast.from_pretrained(careful)
     scenes, lessons, rng = school(f"habit {seed}", 8 * steps)
     teacher = Teacher(model, tokenizer, scenes)
     odds = {form: math.log(p / (1 - p)) for form, p in zip(FORMS, reasons)}
@@ -398,28 +363,26 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="everything random follows from it")
     add("--threads", type=int, default=2, help="CPU threads; 1 is faster on a busy machine")
     add("--steps", type=int, default=500, help="steps of pre-training")
-    add("--reasons", type=float, nargs=3, default=(0.15, 0.15, 0.001),
-        metavar=("BINARY", "CHOICE", "OPEN"), help="how often the base reasons before it answers")
+    add("--reasons", type=float, nargs=3, default=(0.15, 0.15, 0.001), metavar=("BINARY", "CHOICE", "OPEN"),
+        help="how often the base reasons before it answers")
     add("--parts", action="store_true", help="the second world's data and careful model only")
     add("--name", default="base", help="of the base model's directory in --out")
     args = parser.parse_args(argv)
     if min(args.threads, args.steps) < 1 or not all(0 < p < 1 for p in args.reasons):
         parser.error("--threads and --steps must be at least 1, --reasons between 0 and 1")
     torch.set_num_threads(args.threads)
-    data, careful = args.out / "data", args.out / "careful"
-    settings = {"seed": args.seed, "steps": args.steps}
+    out, careful, seed = args.out, args.out / "careful", {"seed": args.seed}
+    settings = seed | {"steps": args.steps}
     if args.parts:
         for n in range(1, PARTS + 1):
-            make(args.out / f"parts-{n}", {"seed": args.seed},
-                 lambda folder: write_parts(folder, args.seed, n))
-        return make(careful, settings | {"parts": PARTS}, lambda folder: build_careful(
-            folder, args.seed, args.steps, parts=True))
-    make(data, {"seed": args.seed}, lambda folder: write_data(folder, args.seed))
-    subprocess.run([sys.executable, "-m", "tools.pictures", "examples", data.resolve(), "--out",
-                    data.resolve().with_name("examples.png")], cwd=Path(__file__).parents[1])
-    make(careful, settings, lambda folder: build_careful(folder, args.seed, args.steps))
-    make(args.out / args.name, settings | {"reasons": list(args.reasons)},
-         lambda folder: build_base(folder, careful, args.seed, args.reasons))
+            make(out / f"parts-{n}", seed, partial(write_parts, **seed, parts=n))
+        return make(careful, settings | {"parts": PARTS}, partial(build_careful, **settings, parts=True))
+    make(out / "data", seed, partial(write_data, **seed))
+    subprocess.run([sys.executable, "-m", "tools.pictures", "examples", out.resolve() / "data", "--out",
+                    out.resolve() / "examples.png"], cwd=Path(__file__).parents[1])
+    make(careful, settings, partial(build_careful, **settings))
+    settings |= {"reasons": list(args.reasons)}
+    make(out / args.name, settings, partial(build_base, careful=careful, **seed, reasons=args.reasons))
 
 
 if __name__ == "__main__":

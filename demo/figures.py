@@ -12,8 +12,7 @@ from tools.pictures import bars
 
 ESCAPED = 10  # % of open questions right at the end: a run has left the plateau without reward
 # Student's t of a 95 % interval, by the number of pairs
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
-       12: 2.201, 16: 2.131}
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262, 12: 2.201, 16: 2.131}
 
 
 def figures_of(jobs, rows, bases):
@@ -28,31 +27,29 @@ def figures_of(jobs, rows, bases):
 def spread(runs, key):
     """(mean over runs, half its interval, [each run's]) in %; None where no run has the key.
 
-    The interval is Wilson's for as many questions as the bases have together: it says how well the
-    questions measure a model. How much runs differ is said by their range.
+    The interval is Wilson's for as many questions as the bases have together: it says how well the questions
+    measure a model. How much runs differ is said by their range.
     """
     scores = {run: found[key] for run, found in runs.items() if key in found}
     if not scores:
         return None
-    each = [accuracy for accuracy, _ in scores.values()]
     n = sum({base: n for (base, _), (_, n) in scores.items()}.values())
-    mean = statistics.mean(each)
+    mean = statistics.mean(each := [accuracy for accuracy, _ in scores.values()])
     return mean, 100 * wilson(mean / 100 * n, n), each
 
 
 def paired(each):
     """(mean, half its 95 % t interval, p) of differences.
 
-    p: the share of all 2^n changes of their signs that bring the mean as far from 0, an exact test
-    of "as often the one as the other way". paired([1, 1, 1, 1])[2] == 1/8. The interval is infinite
-    for one difference; an n that T95 lacks takes the next smaller's t, which is larger.
+    p: the share of all 2^n changes of their signs that bring the mean as far from 0, an exact test of "as
+    often the one as the other way". paired([1, 1, 1, 1])[2] == 1/8. The interval is infinite for one
+    difference; an n that T95 lacks takes the next smaller's t, which is larger.
     """
     n, mean = len(each), statistics.mean(each)
     half = math.inf
     if n > 1:
         half = T95[max(k for k in T95 if k <= n)] * statistics.stdev(each) / math.sqrt(n)
-    flips = (abs(sum(sign * x for sign, x in zip(signs, each)))
-             for signs in itertools.product((1, -1), repeat=n))
+    flips = (abs(sum(flipped)) for flipped in itertools.product(*((x, -x) for x in each)))
     return mean, half, sum(total >= abs(sum(each)) - 1e-9 for total in flips) / 2 ** n
 
 
@@ -80,27 +77,22 @@ def cell(there, key, one, other=None):
 def escapes(runs, key):
     """Runs that left the plateau, with the share's 95 % Wilson interval: "5 of 8 (31-86 %)"."""
     ends = [found[key][0] > ESCAPED for found in runs.values() if key in found]
-    if not ends:
+    if not (n := len(ends)):
         return "-"
-    n, k = len(ends), sum(ends)
-    middle, half = (k + 1.92) / (n + 3.84), wilson(k, n)
+    middle, half = (sum(ends) + 1.92) / (n + 3.84), wilson(sum(ends), n)
     low, high = max(0, middle - half), min(1, middle + half)
-    return f"{k} of {n} ({100 * low:.0f}-{100 * high:.0f} %)"
+    return f"{sum(ends)} of {n} ({100 * low:.0f}-{100 * high:.0f} %)"
 
 
 def markdown(heading, lines, columns, text):
     """A Markdown table of {name: line} by {name: column}, text(line, column) in its cells."""
     table = [[heading, *columns], ["---"] * (1 + len(columns))]
-    table += [[name, *(text(line, column) for column in columns.values())]
-              for name, line in lines.items()]
+    table += [[name, *(text(line, column) for column in columns.values())] for name, line in lines.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
 
 
 def report(args, bases, jobs, rows, rollouts):
-    """Write results.md and settings.png of whatever is finished; returns the text.
-
-    rows: {name: stages}; rollouts: of one step.
-    """
+    """Write results.md and settings.png of what is finished; returns the text. rollouts: of one step."""
     there = figures_of(jobs, rows, bases[:1])
     if not there:
         raise UserError(f"{args.out} holds no finished run yet")
@@ -112,17 +104,17 @@ def report(args, bases, jobs, rows, rollouts):
     b, c, o = args.steps
     parts = [
         "# What did every row of the ablation score?\n",
-        f"{b + c + o} updates of {rollouts} rollouts a row ({b} + {c} + {o} in the curriculum), "
-        f"seeds {', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over "
-        "runs, half the 95 % interval for as many questions, range over runs in brackets. A "
-        "difference is paired: mean, half its 95 % interval over pairs, range, and p of an exact "
-        "test that changes the signs of the differences.\n",
+        f"{b + c + o} updates of {rollouts} rollouts a row ({b} + {c} + {o} in the curriculum), seeds "
+        f"{', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over runs, half the "
+        "95 % interval for as many questions, range over runs in brackets. A difference is paired: mean, half "
+        "its 95 % interval over pairs, range, and p of an exact test that changes the signs of the "
+        "differences.\n",
         "## Rows\n", *(markdown("row", alone, columns, lambda row, key: cell(there, key, *row))
                        for columns in (every, by_task) if columns),
         "## Run by run, the same base and seed\n",
         markdown("difference", pairs, opened, lambda pair, key: cell(there, key, *pair))]
-    settings = {base.setting: figures_of(
-        jobs, rows, [b for b in bases if b.setting == base.setting]) for base in bases}
+    settings = {name: figures_of(jobs, rows, [base for base in bases if base.setting == name])
+                for name in dict.fromkeys(base.setting for base in bases)}
     if len(settings) > 1:
         parts += in_settings(settings, opened)
     text = "\n".join(parts)
@@ -131,8 +123,8 @@ def report(args, bases, jobs, rows, rollouts):
     shown = {name: {row: spread(runs.get(row, {}), key) for row in COMPARED}
              for name, runs in settings.items() if runs}
     if any(found and found[0] for spreads in shown.values() for found in spreads.values()):
-        bars(shown, Path(args.out, "settings.png"),
-             f"{split} in every setting: mean, every run", "accuracy in %")
+        title = f"{split} in every setting: mean, every run"
+        bars(shown, Path(args.out, "settings.png"), title, "accuracy in %")
     return text
 
 
@@ -142,10 +134,9 @@ def in_settings(settings, splits):
     columns = {row: (row,) for row in COMPARED} | {f"{ours} - {row}": (ours, row) for row in others}
     parts = ["## In every setting\n", "Runs on all bases of a setting together.\n"]
     for split, key in splits.items():
-        parts += [f"{split}:\n", markdown("setting", settings, columns,
-                                          lambda there, rows: cell(there, key, *rows))]
+        cells = markdown("setting", settings, columns, lambda there, rows: cell(there, key, *rows))
+        parts += [f"{split}:\n", cells]
     split, key = next(iter(splits.items()))
-    return parts + [
-        f"Runs that end above {ESCAPED} % on {split}, with the share's 95 % interval:\n",
-        markdown("setting", settings, {row: row for row in COMPARED},
-                 lambda there, row: escapes(there.get(row, {}), key))]
+    cells = markdown("setting", settings, dict(zip(COMPARED, COMPARED)),
+                     lambda there, row: escapes(there.get(row, {}), key))
+    return parts + [f"Runs that end above {ESCAPED} % on {split}, with the share's 95 % interval:\n", cells]

@@ -1,5 +1,6 @@
 """What the ablation runs: the paper's rows, their settings, and the runs that carry them."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ ROWS = {
     "Curr-ReFT": "binary:{b} choice:{c} open:{o} reject:{r}",
 }
 COMPARED = ("RL (open only)", "Mix", "Curr-RL")  # the rows that are run in the other settings, too
-PAIRS = (("Curr-RL", "RL (open only)"), ("Curr-RL", "Mix"), ("Curr-RL", "Reverse"),
-         ("Curr-RL", "SFT"), ("Curr-ReFT", "Curr-RL"))  # differences that the report shows
+PAIRS = (("Curr-RL", "RL (open only)"), ("Curr-RL", "Mix"), ("Curr-RL", "Reverse"), ("Curr-RL", "SFT"),
+         ("Curr-ReFT", "Curr-RL"))  # differences that the report shows
 
-# The demo's settings: the model and the data that demo/base.py makes below OUT/world-N, its flags,
-# and with how many seeds of training they are run (None: all).
+# The demo's settings: the model and the data that demo/base.py makes below OUT/world-N, its flags, and with
+# how many seeds of training they are run (None: all). With habit the base hardly ever reasons before an open
+# answer, with reasons-0.15 more often, so that open questions score from the start; parts-N has no habit, but
+# N parts in an open answer, where yes/no and letters ask one alone.
 SETTINGS = {
     "habit": ("habit", "data", "--name habit --reasons 0.15 0.15 0.00005", None),
     "reasons-0.15": ("reasons-0.15", "data", "--name reasons-0.15 --reasons 0.15 0.15 0.15", None),
@@ -31,15 +34,13 @@ SETTINGS = {
     "parts-2": ("parts/careful", "parts/parts-2", "--parts --steps 150", 1),
     "parts-1": ("parts/careful", "parts/parts-1", "--parts --steps 150", 1),
 }
-DEMO_FLAGS = (
-    "--prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 "
-    "--lr 1e-4 --sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --eval_limit 120")
+DEMO_FLAGS = ("--prompts_per_step 4 --num_generations 8 --micro_batch 4 --max_completion_length 64 --lr 1e-4 "
+              "--sft_lr 1e-4 --lr_schedule constant --reject_samples 4 --eval_limit 120")
 
 
 @dataclass(frozen=True)
 class Base:
     """What runs start from: a checkpoint, data, flags. One `setting` is one line of the report."""
-
     name: str  # of its directory below --out
     model: str
     data: str
@@ -53,7 +54,6 @@ class Base:
 @dataclass(frozen=True)
 class Job:
     """One run of currreft.py: the rows that it carries are the beginnings of its stages."""
-
     base: Base
     stages: str
     seed: int
@@ -88,28 +88,26 @@ def carriers(rows):
 def demo_bases(out, worlds):
     """The demo's settings in every world; all rows are run in the first setting of the first."""
     bases = []
-    for world in worlds:
+    for world, (name, (model, data, flags, seeds)) in itertools.product(worlds, SETTINGS.items()):
         folder = Path(out) / f"world-{world}"
-        for name, (model, data, flags, seeds) in SETTINGS.items():
-            made = ("--out", str(folder / Path(model).parent), "--seed", str(world), *flags.split())
-            bases.append(Base(f"{name}-{world}", str(folder / model), str(folder / data), name,
-                              made=made, rows=COMPARED if bases else tuple(ROWS), seeds=seeds))
+        made = ("--out", str(folder / Path(model).parent), "--seed", str(world), *flags.split())
+        bases.append(Base(f"{name}-{world}", str(folder / model), str(folder / data), name, made=made,
+                          rows=COMPARED if bases else tuple(ROWS), seeds=seeds))
     return bases
 
 
 def plan(args, bases):
     """({row: its stages}, all jobs): COMPARED rows first, others last and with fewer seeds."""
     b, c, o = args.steps
-    rows = {name: ROWS[name].format(b=b, c=c, o=o, n=b + c + o, r=args.reject_steps)
-            for name in args.rows}
+    rows = {name: ROWS[name].format(b=b, c=c, o=o, n=b + c + o, r=args.reject_steps) for name in args.rows}
     jobs = []
     for base in bases:
         carried = carriers({name: rows[name] for name in rows if name in base.rows})
         compared = {carried[name] for name in COMPARED if name in carried}
-        for n, seed in enumerate(args.seeds[:base.seeds]):
-            for stages in dict.fromkeys(carried.values()):
-                if stages in compared or n < args.other_seeds:
-                    name = stages.replace(":", "").replace(" ", "-")
-                    folder = Path(args.out) / base.name / f"{name}-seed{seed}"
-                    jobs.append((stages not in compared, seed, Job(base, stages, seed, folder)))
+        seeds = enumerate(args.seeds[:base.seeds])
+        for (n, seed), stages in itertools.product(seeds, dict.fromkeys(carried.values())):
+            if stages in compared or n < args.other_seeds:
+                run = f"{stages.replace(':', '').replace(' ', '-')}-seed{seed}"
+                job = Job(base, stages, seed, Path(args.out) / base.name / run)
+                jobs.append((stages not in compared, seed, job))
     return rows, [job for *_, job in sorted(jobs, key=lambda found: found[:2])]

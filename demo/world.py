@@ -1,23 +1,24 @@
 """The demo's world: pictures of colored shapes, questions, a data set in the released layout.
 
-An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14
-pixels). A cell holds at most one object: four colors, four kinds. A background gradient (red falls
-to the right, blue to the bottom) makes the place visible in the pixels themselves. Four color-kind
-pairs are never drawn for training, and training images have one to three objects: test images with
-held-out pairs (`open_ood_pairs`) or with four or five objects (`open_ood_more`) are out of domain.
+An image has 84 x 84 pixels, 3 x 3 cells of 28, so a cell is one image token (2 x 2 patches of 14 pixels). A
+cell holds at most one object: four colors, four kinds. A background gradient (red falls to the right, blue to
+the bottom) makes the place visible in the pixels themselves. Four color-kind pairs are never drawn for
+training, and training images have one to three objects: test images with held-out pairs (`open_ood_pairs`) or
+with four or five objects (`open_ood_more`) are out of domain.
 
-Beside its answer a question has the reasoning that makes the answer a copy: "1 red circle 2 blue
-circle", so 2. How a model learns from it is in demo/base.py.
+Beside its answer a question has the reasoning that makes the answer a copy: "1 red circle 2 blue circle", so
+2. How a model learns from it is in demo/base.py.
 
-A second world asks in numbers, one part or several at once (`parts_question`): the cell of an
-object, a count, the cell of the last object. Yes/no and option letters ask a single part, open
-questions as many as its data set says.
+A second world asks in numbers, one part or several at once (`parts_question`): the cell of an object, a
+count, the cell of the last object. Yes/no and option letters ask a single part, open questions as many as its
+data set says.
 """
 
+import itertools
 import json
 import random
 import re
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,13 +28,11 @@ from forms import derive, derive_all, make_question
 from rewards import FORMS, Example
 from support.tiny import write_jsonl
 
-COLORS = {
-    "red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}
+COLORS = {"red": (235, 45, 45), "green": (40, 205, 70), "blue": (60, 90, 245), "yellow": (245, 225, 50)}
 SHAPES = ("circle", "square", "triangle", "cross")
 HELD_OUT = (("red", "cross"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
 SEEN = tuple((color, kind) for color in COLORS for kind in SHAPES if (color, kind) not in HELD_OUT)
-PLACES = ("northwest", "north", "northeast", "west", "center", "east",
-          "southwest", "south", "southeast")
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CELL, SIDE = 28, 84  # pixels
 HASTE = "a guess"  # the thought that stands for none
 PARTS = 3  # of an open answer of the second world, at most
@@ -41,15 +40,8 @@ PARTS = 3  # of an open answer of the second world, at most
 
 # ---- Scenes and drawings ----
 
-class Shape(NamedTuple):
+class Shape(namedtuple("Shape", "color kind cell x y radius")):
     """One object: cell 0..8 in reading order; center and radius in pixels, inside the cell."""
-
-    color: str
-    kind: str
-    cell: int
-    x: int
-    y: int
-    radius: int
 
     def __str__(self):
         return f"{self.color} {self.kind}"
@@ -66,11 +58,10 @@ def random_scene(rng, sizes=(1, 2, 3), held_out=False):
     pairs = [rng.choice(SEEN + HELD_OUT if held_out else SEEN) for _ in range(rng.choice(sizes))]
     if held_out:
         pairs[rng.randrange(len(pairs))] = rng.choice(HELD_OUT)
-    shapes = []
-    for pair, cell in zip(pairs, sorted(rng.sample(range(9), len(pairs)))):
-        x, y = (CELL * i + CELL // 2 + rng.randint(-1, 1) for i in (cell % 3, cell // 3))
-        shapes.append(Shape(*pair, cell, x, y, rng.randint(11, 12)))
-    return tuple(shapes)
+    cells = sorted(rng.sample(range(9), len(pairs)))
+    middles = ((CELL * i + CELL // 2 for i in (cell % 3, cell // 3)) for cell in cells)
+    return tuple(Shape(*pair, cell, x + rng.randint(-1, 1), y + rng.randint(-1, 1), rng.randint(11, 12))
+                 for pair, cell, (x, y) in zip(pairs, cells, middles))
 
 
 def parts_scene(rng, sizes=(2, 3, 4), held_out=False):
@@ -84,33 +75,26 @@ def parts_scene(rng, sizes=(2, 3, 4), held_out=False):
 def draw(scene):
     """The scene as an 84 x 84 RGB image."""
     fall = np.broadcast_to(np.linspace(110, 10, SIDE), (SIDE, SIDE))
-    background = np.stack([fall, np.full((SIDE, SIDE), 60), fall.T], axis=-1)
-    image = Image.fromarray(background.astype(np.uint8))
+    image = Image.fromarray(np.stack([fall, np.full((SIDE, SIDE), 60), fall.T], axis=-1).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for color, kind, _, x, y, r in scene:
-        fill, third = COLORS[color], r // 3
+        fill, box, third = COLORS[color], (x - r, y - r, x + r, y + r), r // 3
         if kind == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+            pen.ellipse(box, fill)
         elif kind == "square":
-            pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+            pen.rectangle(box, fill)
         elif kind == "triangle":
-            pen.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=fill)
+            pen.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill)
         else:
-            pen.rectangle((x - third, y - r, x + third, y + r), fill=fill)
-            pen.rectangle((x - r, y - third, x + r, y + third), fill=fill)
+            pen.rectangle((x - third, y - r, x + third, y + r), fill)
+            pen.rectangle((x - r, y - third, x + r, y + third), fill)
     return image
 
 
 # ---- Questions ----
 
-class Question(NamedTuple):
-    """An open question; the thought makes its answer a copy, the pool holds answers to confuse."""
-
-    task: str
-    problem: str
-    answer: str
-    thought: str
-    pool: tuple = ()
+# An open question; the thought makes its answer a copy, the pool holds answers to confuse.
+Question = namedtuple("Question", "task problem answer thought pool", defaults=[()])
 
 
 def seen(shapes):
@@ -130,8 +114,7 @@ def plural(word):
 
 def single(scene):
     """The objects that are the only ones of their kind and color."""
-    names = list(map(str, scene))
-    return [s for s in scene if names.count(str(s)) == 1]
+    return [s for s in scene if list(map(str, scene)).count(str(s)) == 1]
 
 
 def detection_question(scene, rng):
@@ -140,8 +123,8 @@ def detection_question(scene, rng):
         return None
     shape, cells = rng.choice(unique), [s.cell for s in scene]
     others = [cell for cell in cells + rng.sample(range(9), 9) if cell != shape.cell]
-    answer = json.dumps([{"bbox_2d": cell_box(shape.cell)}])
     pool = tuple(str(cell_box(cell)) for cell in dict.fromkeys(others))
+    answer = json.dumps([{"bbox_2d": cell_box(shape.cell)}])
     return Question("detection", f"Where is the {shape}?", answer, seen([shape]), pool)
 
 
@@ -157,12 +140,11 @@ def math_question(scene, rng):
     two = list(dict.fromkeys([there.kind, rng.choice(SHAPES)]))
     words = rng.choice(([there.color], [there.kind], two))
     found = [s for s in scene if s.color in words or s.kind in words]
-    what = " and ".join(map(plural, words))
-    return Question("math", f"How many {what} are there?", str(len(found)), counted(found))
+    problem = f"How many {' and '.join(map(plural, words))} are there?"
+    return Question("math", problem, str(len(found)), counted(found))
 
 
-RL_QUESTIONS = {
-    "detection": detection_question, "classify": classify_question, "math": math_question}
+RL_QUESTIONS = {"detection": detection_question, "classify": classify_question, "math": math_question}
 
 
 def ask(scene, task, rng):
@@ -184,8 +166,7 @@ def parts_question(scene, rng, parts=1):
         ("the cell of the last object", last.cell + 1, seen([last]), cells)], parts)
     texts, answers, thoughts, pools = zip(*asked)
     listed = ", ".join(texts[:-1]) + " and " * (parts > 1) + texts[-1]
-    return Question("math", f"What is {listed}?", ", ".join(map(str, answers)),
-                    "; ".join(thoughts), pools[0])
+    return Question("math", f"What is {listed}?", ", ".join(map(str, answers)), "; ".join(thoughts), pools[0])
 
 
 def general_question(scene, other, rng):
@@ -194,8 +175,7 @@ def general_question(scene, other, rng):
     alone = [s.kind for s in scene].count(shape.kind) == 1
     images, problem, answer, thought = rng.choice((
         (0, f"What is {a} plus {b}?", a + b, f"{a} plus {b}"),
-        (2, "How many objects are in the two images?", len(scene + other),
-         f"{len(scene)} plus {len(other)}"),
+        (2, "How many objects are in the two images?", len(scene + other), f"{len(scene)} plus {len(other)}"),
         (1, f"What color is the {shape.kind}?", shape.color, seen([shape])) if alone else
         (1, "How many objects are there?", len(scene), counted(scene)),
         (1, "Which object is first?", scene[0], seen(scene)),
@@ -207,8 +187,8 @@ def general_question(scene, other, rng):
 def example_of(question, image, form="open"):
     """The question as data.py has it, in one of the forms; the image's name seeds what is drawn.
 
-    Wrong boxes are cells, other objects' first: any pixels, as data.derive draws them, would give
-    the true box away, as it alone has multiples of 28.
+    Wrong boxes are cells, other objects' first: any pixels, as data.derive draws them, would give the true
+    box away, as it alone has multiples of 28.
     """
     example = Example(problem=question.problem, solution=f"<answer>{question.answer}</answer>",
                       task=question.task, images=(image,), size=(SIDE, SIDE))
@@ -229,10 +209,9 @@ def tagged(thought, answer):
 def careful_response(question, example):
     """Reasoning, then the true answer. Yes/no and letters follow the candidates, to be copies, too:
 
-    "2 red circle; A 1 no, B 2 yes, C 0 no, D 3 no", then B. Of boxes the places come first, so that
-    the letter follows the place where that was said before: "west A, north B, south C, east D; red
-    circle north B". To say yes and no to four places is beyond a model of this size: its option
-    letters of boxes stayed at chance.
+    "2 red circle; A 1 no, B 2 yes, C 0 no, D 3 no", then B. Of boxes the places come first, so that the
+    letter follows the place where that was said before: "west A, north B, south C, east D; red circle north
+    B". Yes and no to four places is beyond a model of this size: its option letters stayed at chance.
     """
     answer, text, thought = answer_of(example.solution), example.problem, question.thought
     for cell in range(9):
@@ -245,23 +224,20 @@ def careful_response(question, example):
         if question.task == "detection":
             places = ", ".join(f"{place} {letter}" for letter, place in options)
             return tagged(f"{places}; {thought} {answer}", answer)
-        verdicts = (f"{letter} {option} {'yes' if letter in answer else 'no'}"
-                    for letter, option in options)
+        verdicts = (f"{letter} {option} {'yes' if letter in answer else 'no'}" for letter, option in options)
         thought = f"{thought}; {', '.join(verdicts)}"
     return tagged(thought, answer)
 
 
 def hasty_response(question, example, rng):
     """A guess after a thought that is none: random, or never right where nothing is to choose."""
-    answer = "some"
     if example.form == "binary":
-        answer = rng.choice(("yes", "no"))
-    elif example.form == "choice":
+        return tagged(HASTE, rng.choice(("yes", "no")))
+    if example.form == "choice":
         letters = rng.sample("ABCD", rng.randint(1, 2) if question.task == "classify" else 1)
-        answer = ", ".join(sorted(letters))
-    elif question.task == "detection":
-        answer = json.dumps([{"bbox_2d": [0, 0, SIDE, SIDE]}])
-    return tagged(HASTE, answer)
+        return tagged(HASTE, ", ".join(sorted(letters)))
+    whole = json.dumps([{"bbox_2d": [0, 0, SIDE, SIDE]}])
+    return tagged(HASTE, whole if question.task == "detection" else "some")
 
 
 # ---- The data set on disk ----
@@ -287,16 +263,16 @@ def save_images(folder, name, scenes):
 def write_split(folder, name, scenes, files, asked, parts=None):
     """The question `asked` about each scene in every form of `files` (form -> JSONL file).
 
-    parts: what becomes yes/no and options, if not the same. These share their candidates among
-    scenes (data.derive_all), so that none tells without its picture.
+    parts: what becomes yes/no and options, if not the same. These share their candidates among scenes
+    (data.derive_all), so that none tells without its picture.
     """
     images = save_images(folder, name, scenes)
     for form, file in files.items():
         questions = parts if parts and form != "open" else asked
         examples = derive_all([example_of(*pair) for pair in zip(questions, images)], form)
-        write_jsonl(folder / "grpo_data" / file, [
-            {"problem": e.problem, "solution": e.solution, "task": e.task, "image": e.images[0]}
-            for e in examples])
+        rows = ({"problem": e.problem, "solution": e.solution, "task": e.task, "image": e.images[0]}
+                for e in examples)
+        write_jsonl(folder / "grpo_data" / file, rows)
 
 
 def write_general(folder, name, scenes, file, rng):
@@ -305,19 +281,18 @@ def write_general(folder, name, scenes, file, rng):
     for scene, image in zip(scenes, images):
         other = rng.randrange(len(scenes))
         needs, question = general_question(scene, scenes[other], rng)
-        answer = tagged(question.thought, question.answer)
-        rows.append({"messages": [
-            {"role": "user", "content": "<image>" * needs + question.problem},
-            {"role": "assistant", "content": answer}], "images": [image, images[other]][:needs]})
+        asked, answer = "<image>" * needs + question.problem, tagged(question.thought, question.answer)
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": turns, "images": [image, images[other]][:needs]})
     write_jsonl(folder / file, rows)
 
 
 def write_data(folder, seed):
     """Questions about the first world in every form, and general ones."""
-    rng, tasks = random.Random(f"data {seed}"), tuple(RL_QUESTIONS)
+    rng = random.Random(f"data {seed}")
     for name, count, drawn, files in SPLITS:
         scenes = [random_scene(rng, **drawn) for _ in range(count)]
-        asked = [ask(scene, tasks[n % 3], rng) for n, scene in enumerate(scenes)]
+        asked = [ask(scene, task, rng) for scene, task in zip(scenes, itertools.cycle(RL_QUESTIONS))]
         write_split(folder, name, scenes, files, asked)
     for name, count, file in GENERAL:
         write_general(folder, name, [random_scene(rng) for _ in range(count)], file, rng)
@@ -329,7 +304,7 @@ def write_parts(folder, seed, parts):
         drawn = {"sizes": (5, 6)} if "sizes" in drawn else drawn
         rng = random.Random(f"parts {seed} {name}")  # scenes, and single parts, whatever `parts`
         scenes = [parts_scene(rng, **drawn) for _ in range(count)]
-        several = [parts_question(scene, random.Random(f"{seed} {name} {n}"), parts)
-                   for n, scene in enumerate(scenes)]
+        of_scene = (random.Random(f"{seed} {name} {n}") for n in range(count))
+        several = [parts_question(scene, own, parts) for scene, own in zip(scenes, of_scene)]
         one = [parts_question(scene, rng) for scene in scenes]
         write_split(folder, name, scenes, files, several, one)
