@@ -28,8 +28,9 @@ from support.answers import BOX, MAX_ANSWER, extract_answer, truth_of
 from support.base import MIN_PIXELS, SPECIAL, read_processors, render, save_processors
 from support.images import find_images, image_sizes, load_image, opened
 from support.ranks import gather, world
-from support.rows import (attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows,
-                          row_task, usable_rows)
+from support.rows import (
+    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task,
+    usable_rows)
 from support.words import RunError, UserError, say
 
 MAX_PIXELS = 401_408  # of a resized image: 512 image tokens
@@ -148,10 +149,6 @@ class Processor:
         for example in tqdm(new, "prompts", leave=False, delay=2, disable=bool(world()[0]) or None):
             self.lengths[example] = len(self._unexpanded(example)) + self._image_tokens(example)
         return [self.lengths[example] for example in examples]
-
-    def prompt_length(self, example: Example) -> int:
-        """`prompt_lengths` of one example."""
-        return self.prompt_lengths([example])[0]
 
     def _image_tokens(self, example: Example) -> int:
         """Tokens of its images beside the one of each place, by sizes or the files' headers."""

@@ -34,9 +34,7 @@ from support.ranks import gather, world
 from support.reasons import leads_to, sentences, substance, tokens
 from support.words import RunError, UserError, command, say
 
-# ----------------------------------------------------------------------------------------------------
-# Evaluation
-
+# ---- Evaluation ----
 
 def pass_at_k(n, c, k):
     """Unbiased chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
@@ -108,8 +106,7 @@ def summarize(predictions, samples):
     return {split: {task: figures(groups) for task, groups in tasks.items()} for split, tasks in splits.items()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The quality score
+# ---- The quality score ----
 
 KEEP_ABOVE = 85.0                       # paper: what scores more is kept
 MAX_THINKING = 6000                     # characters; longer reasoning is padding
@@ -144,9 +141,7 @@ class Rules:
         """Nothing can be wrong with rules."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rejection sampling
-
+# ---- Rejection sampling ----
 
 def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
                      max_completion_length=512, max_rows=64, seed=0, weights="", on_finish=None):
@@ -281,9 +276,7 @@ def kept_examples(path, questions):
     return [replace(by_key[row["question"]], solution=row["messages"][-1]["content"]) for row in rows]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Command line
-
+# ---- Command line ----
 
 def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""

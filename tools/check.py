@@ -29,7 +29,7 @@ def check(run):
     run.load_weights(run.cfg.model)
     for stage in run.cfg.curriculum:
         rows = run.examples.get(stage.name, run.questions)
-        lengths = sorted(run.processor.prompt_length(example) for example in rows)
+        lengths = sorted(run.processor.prompt_lengths(rows))
         say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of "
             f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}\n"
             f"    {rows[0].where}: {one_line(rows[0].problem)}\n"
