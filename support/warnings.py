@@ -137,12 +137,12 @@ def family(image) -> str:
 
 
 def text_only_truths(truths) -> list[str]:
-    """Of math truths those that only the same text equals, though they hold a number or a formula.
-
-    "10 people or 12", "x \\\\in A"; but not "20/3", "(1, 2)", "B", "isosceles".
+    """Of math truths those that only the same text equals, though they hold a number or a formula: "10 or 12",
+    "x \\\\in A", but not "20/3", "(1, 2)", "B", "isosceles"; and pairs that are read as one number: "90,180".
     """
     def read(truth):
         parts = elements(truth)
         numbers = parts and all(map(parse_number, parts[1]))
         return numbers or parse_number(truth) is not None or parse_letters(truth)
-    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and not read(truth)]
+    return [truth for truth in truths if len(truth) > 600 or re.fullmatch(r"\d{2,3},\d{3}", truth)
+            or re.search(r"[\\0-9]", truth) and not read(truth)]

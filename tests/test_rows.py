@@ -257,8 +257,8 @@ def test_doubled_rows_other_machines_and_test_rows_in_training_are_said(root, ca
 
 
 def test_truths_that_count_only_as_they_are_written_are_listed():
-    truths = ["20", "B", "(1, 2)", "isosceles", "10 apples or 12", "x^2 + 1", r"x \in A"]
-    assert text_only_truths(truths) == ["10 apples or 12", "x^2 + 1", r"x \in A"]
+    truths = ["20", "B", "(1, 2)", "isosceles", "10 apples or 12", "x^2 + 1", r"x \in A", "90,180"]
+    assert text_only_truths(truths) == ["10 apples or 12", "x^2 + 1", r"x \in A", "90,180"]
 
 
 def test_odd_files_are_a_sentence(root, monkeypatch):

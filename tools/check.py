@@ -37,7 +37,7 @@ def check(run):
     asked = [example for rows in run.examples.values() for example in rows]
     truths = [truth_of(e) for e in asked if (e.task, e.form) == ("math", "open")]
     if written := list(dict.fromkeys(text_only_truths(truths))):
-        say(f"{len(written)} true answers are paid only as they are written: "
+        say(f"{len(written)} true answers are paid only as they are written, or read as one number: "
             f"{', '.join(map(one_line, written[:3]))}")
     for sentence in blind_report(asked):
         say(sentence)
