@@ -18,7 +18,7 @@ from support.words import UserError
 TEXTS = ["*.json", "*.jinja", "*.txt"]  # what a checkpoint has beside its weights
 SPECIAL = [f"<|{name}|>" for name in "im_end endoftext image_pad video_pad vision_start vision_end".split()]
 MIN_PIXELS = 56 * 56  # of a resized image: 4 image tokens
-ASKED = "What is 3 plus 4?", "It is 7.", "What color is the box?"
+CHAT = "What is 3 plus 4?", "It is 7.", "What color is the box?"
 TAGGED = "<think>3</think><answer>4</answer>"
 TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
           "vision_start_token_id": "<|vision_start|>"}
@@ -102,10 +102,10 @@ def render(tokenizer, messages: list[dict], ask: bool = True) -> str:
 def check_template(path, tokenizer):
     """UserError unless the template writes a chat in order, its image in place, and then asks."""
     turns = [{"role": role, "content": [{"type": "text", "text": text}]}
-             for role, text in zip(("user", "assistant", "user"), ASKED)]
+             for role, text in zip(("user", "assistant", "user"), CHAT)]
     turns[2]["content"].insert(0, {"type": "image"})
     text = render(tokenizer, turns)
-    places = [text.find(part) for part in (*ASKED[:2], "<|image_pad|>", ASKED[2])]
+    places = [text.find(part) for part in (*CHAT[:2], "<|image_pad|>", CHAT[2])]
     if min(places) < 0 or places != sorted(places):
         raise UserError(f"{path}: its chat template leaves out or reorders what it is given: two questions "
                         f"with an image become {text[:200]!r}")

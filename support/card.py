@@ -48,9 +48,9 @@ def trained_on(run, stage, steps):
         rows, kept = run.questions, run.directory.out / f"rejected-{stage.index + 1}.jsonl"
         count = len(read_jsonl(kept))
     files = Counter(Path(example.where.rpartition(":")[0]).name for example in rows)
-    told = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
+    used = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
     passes = steps * (run.cfg.prompts_per_step if stage.forms else run.cfg.sft_batch) / max(1, count)
-    return told, f"{passes:.3g}", ", ".join(f"{code(file)} ({n})" for file, n in files.items())
+    return used, f"{passes:.3g}", ", ".join(f"{code(file)} ({n})" for file, n in files.items())
 
 
 def stage_table(run, last):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from support.answers import END, parse_letters, undress
 
-MAX_TEXT, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
+MAX_TRUTH, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
 MAX_PARTS, MAX_POWER, MAX_VALUE = 12, 60, 1e300     # floats and fractions overflow on each other
 ROUGHLY = Fraction(1, 40)               # of the truth: rounding changes it by no more
 
@@ -86,7 +86,7 @@ SCALE = re.compile(r"(?:hundred|thousand|[mb]illion|trillion|dozen|half|halves|t
                    r"factorial|times|negative|[十百千万亿半倍].*")       # changes the number: no unit
 NAME = re.compile(r" ?(?!(?:no|not|never) ?=)(?:(?:m ?)?[∠△|]? ?[A-Za-zα-ω]{1,5}(?:_\{?\w{1,4}\}?)?"
                   r"\|?|[A-Za-z]\(\w\)|[A-Z]:[A-Z]|\([a-zA-Z](?:, ?[a-zA-Z])+\)) ?= ?")     # f(x) =
-SHOWN = re.compile(r"(?=.*[0-9])(?:\\(?:sin|cos|tan|log|binom|frac|bmod)|[-0-9 .+*/^(){}√π°|!])+")
+READ_AS = re.compile(r"(?=.*[0-9])(?:\\(?:sin|cos|tan|log|binom|frac|bmod)|[-0-9 .+*/^(){}√π°|!])+")
 
 
 class Number(NamedTuple):
@@ -104,7 +104,7 @@ def parse_number(text):
     name = NAME.match(text := plain(text))
     left, _, text = text[name.end() if name else 0:].rpartition("=")
     if left:                                            # a calculation = what comes out
-        found = parse_number(text) if SHOWN.fullmatch(left) else None
+        found = parse_number(text) if READ_AS.fullmatch(left) else None
         same = found and getattr(parse_number(left), "value", found.value) == found.value
         return found if same else None
     pair = text[:1] in ("(", "[", "{") and "," in text  # (1,234), [90,180]
@@ -223,7 +223,7 @@ def same_math(answer, truth, depth=2):
 
     Of option letters, A to J, case is no matter; of symbols it is. (a, b) is not (b, a) nor [a, b).
     """
-    if max(len(answer), len(truth)) > MAX_TEXT:
+    if max(len(answer), len(truth)) > MAX_TRUTH:
         return answer.split() == truth.split() != []
     if depth == 2 and OPTIONS.fullmatch(undress(truth, END + "!")):
         return parse_letters(answer) == parse_letters(truth)
@@ -275,7 +275,7 @@ def cut(text, marks):
 
 def elements(text):
     """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None."""
-    if len(text) > MAX_TEXT:
+    if len(text) > MAX_TRUTH:
         return None
     name, brackets = NAME.match(text := plain(text)), ""
     text = text[name.end():] if name and text[name.end():][:1] in tuple("([{") else text

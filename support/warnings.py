@@ -10,7 +10,7 @@ from support.answers import BOX, parse_letters, truth_of
 from support.numbers import elements, parse_number
 from support.words import say
 
-NUMBERS = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
+NUMBER_LIST = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
 CONVERT = "`python -m tools.convert rows FILE --boxes"
 
 
@@ -41,7 +41,7 @@ def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
     twice = len(examples) - len({same(example) for example in examples})
     others = [e for e in examples if e.images and e.task not in placed]
     asked = [e.where for e in others if any(not mark for mark, *_ in BOX.findall(e.problem))]
-    answered = [e.where for e in others if e.form == "open" and NUMBERS.search(truth_of(e))]
+    answered = [e.where for e in others if e.form == "open" and NUMBER_LIST.search(truth_of(e))]
     sentences = [
         (len(wide) >= 20 and 800 < max(wide) <= 1000,
          f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths "

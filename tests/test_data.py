@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 from data import Processor, answer_of, batch_indices, instruction, load_examples, prompt_messages, taught
 from rewards import Example, accuracy_reward, format_reward, truth_boxes
 from support.rows import find_files
-from support.tiny import SPECIAL, tiny_data, tiny_image, write_jsonl
+from support.tiny import SPECIAL_TOKENS, tiny_data, tiny_image, write_jsonl
 from support.words import UserError
 
 
@@ -105,7 +105,7 @@ def test_prompt_holds_one_token_for_four_patches(tmp_path, processor):
 
 
 def test_text_cannot_forge_special_tokens(processor):
-    for token in SPECIAL:
+    for token in SPECIAL_TOKENS:
         with pytest.raises(UserError, match="cannot carry"):
             processor(Example(problem=f"x{token}", solution=""))
         ids = processor.response_ids(f"a{token}b")
@@ -117,7 +117,7 @@ def test_no_answer_may_hold_special_tokens_or_padded_vocabulary(processor):
     ids = set(processor.forbidden_ids(448))
     count = len(processor.tokenizer)
     names = processor.tokenizer.convert_ids_to_tokens([i for i in ids if i < count])
-    assert set(names) == set(SPECIAL) - {"<|im_end|>", "<|endoftext|>"}
+    assert set(names) == set(SPECIAL_TOKENS) - {"<|im_end|>", "<|endoftext|>"}
     assert set(range(count, 448)) < ids and not set(processor.end_ids) & ids
     assert not ids & set(processor.response_ids("<|im_start|> <think>a</think>"))
 

@@ -1,418 +1,515 @@
-"""Annotations that people have -> open questions for this project, one JSON a line (docs/data.md).
+"""Annotations that people have -> rows to train on: open questions (docs/data.md has the commands).
 
-    python -m tools.convert coco instances.json --image_root DIR/images --out DIR/train/open.jsonl
-    python -m tools.convert yolo labels --names data.yaml --image_root DIR/images --out OUT
-    python -m tools.convert voc VOC2007/Annotations --image_root VOC2007/JPEGImages --out OUT
-    python -m tools.convert refcoco FILE --boxes xyxy --image_root DIR/images --out OUT
-    python -m tools.convert rows FILE --boxes thousandths --image_root DIR/images --out OUT
-    python -m tools.convert parquet FILE.parquet --image_root DIR/images --out OUT
+    python -m tools.convert rows FILE --boxes thousandths --image_root DIR/images --out DIR/train/open.jsonl
 
-coco, yolo, voc: "Where is the dog?", "How many ..?", "What objects are in the image?"; so every
-object must be annotated, or be a crowd. refcoco: "Where is the left dog?" rows: their boxes anew.
-
-A format is a reader that yields (where in the file, entry, read): the entry names its image, and
-read(entry) is [(label or expression, its boxes as the file writes them, a crowd?), ..]. The rest is
-one path: `photos` holds that against the images, `objects` or `expressions` asks, `choose` picks
-and splits. What cannot be right spoils its photo; nothing is written before all is known.
+Every reader gives what an image could be asked for; the rest is one path. Boxes stay in original pixels. An
+entry that cannot be right is a fault: all are told with file and index, and with --skip_bad_rows each spoils
+its image, as what is left of the annotations would not be the whole truth. What would make a poor question (a
+crowd, a tiny box) is left out and counted. No row is written before all is known.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
 import yaml
 
-from data import check_text
-from rewards import TASKS
+from data import answer_of, check_text, checked
+from rewards import TASKS, Example
 from support.answers import BOX, parse_labels
 from support.files import write_aside
-from support.images import ENDINGS, image_sizes, inspect_image, opened, resolve_image
-from support.rows import attempt, declared_tasks, first, one_row, read_rows, row_task
+from support.images import ENDINGS, inspect_image, opened, resolve_image
+from support.rows import declared_tasks, first, one_row, parsed, read_rows, row_task
 from support.warnings import family
 from support.words import UserError, command, say
 
 CONVENTIONS = ("xyxy", "xywh", "fractions", "thousandths")  # corners, corner and size, shares
-ASKED, COUNTED, TINY = 4, 10, 0.005  # boxes and objects in an answer at most; share of the image
-NAME_KEYS = ("file_name", "image", "img_name", "image_path", "img_path", "filename")
+MOST_ASKED, MOST_COUNTED = 4, 10  # boxes in one answer, objects in one count
+TINY = 0.005  # of the image; smaller boxes are not asked for
+NAME_KEYS = ("file_name", "image", "img_name", "image_path", "img_path", "filename")  # the first there is
 BOX_KEYS = ("bbox", "box", "boxes", "bboxes", "solution")
-TEXT_KEYS = ("sentences", "sentence", "expressions", "expression", "normal_caption", "caption")
-MISFIT = "is empty or leaves the image"
-MALFORMED = (AttributeError, LookupError, TypeError, ValueError, RecursionError, yaml.YAMLError,
-             ElementTree.ParseError)
+EXPRESSION_KEYS = ("sent", "raw", "sentences", "sentence", "expression", "normal_caption", "caption")
+PICKLE = """is a pickle, which may run any code when it is read, so it is not. If you trust it:
+python -c 'import json, pickle; d = json.load(open("instances.json"))
+d["refs"] = pickle.load(open("refs(unc).p", "rb")); json.dump(d, open("refcoco.json", "w"))'"""
+
+# A question that may become a row. size: (width, height) in pixels, or None if not said; answer: text, or
+# boxes as the file has them; sort: sorts are taken in turn.
+Candidate = namedtuple("Candidate", "where image size task problem answer sort")
+upright_size = functools.cache(inspect_image)  # which decodes the image
 
 
-# ---- Readers ----
-
-def coco(args):
-    """Objects of an instances file."""
-    value = json.loads(Path(args.file).read_bytes())
-    categories = by_id(value, "categories")
-
-    def read(entry):
-        label = categories[entry["category_id"]]["name"]
-        return [(label, [entry["bbox"]], bool(entry.get("iscrowd")))]
-
-    return ((*found, read) for found in joined(value, "annotations"))
+@contextmanager
+def noted(faults, where):
+    """A UserError or ValueError within is a fault, listed with its place."""
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        faults.append(f"{where}: {error}")
 
 
-def refcoco(args):
-    """Expressions: RefCOCO's own refs beside annotations, MDETR's captions of images, or a list."""
-    value = args.file.endswith(".jsonl") or json.loads(Path(args.file).read_bytes())
-    if isinstance(value, dict):
-        args.boxes = args.boxes or "xywh"
-        found = joined(value, "refs" if "refs" in value else "annotations")
-    elif args.boxes:
-        found = read_rows(args.file)
-    else:
-        raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
-                        f"{'|'.join(CONVENTIONS)} (VLM-R1's lists: xyxy).")
-    splits = {str(entry.get("split")) for _, entry in found if isinstance(entry, dict)}
-    if len(splits) > 1 and not args.split:
-        raise UserError(f"--split must choose one of {', '.join(sorted(splits))}.")
+def corners(box, size, written):
+    """[x1, y1, x2, y2] of a box within an image of `size` (width, height), to 0.01 pixels; else UserError.
 
-    def read(entry):
-        boxes, texts = (next((entry[key] for key in keys if entry.get(key)), [None])
-                        for keys in (BOX_KEYS, TEXT_KEYS))
-        boxes = boxes if isinstance(boxes[0], list) else [boxes]
-        return [(text["sent"] if isinstance(text, dict) else text, boxes, False)
-                for text in (texts if isinstance(texts, list) else [texts])]
-
-    for where, entry in found:
-        if not isinstance(entry, dict) or args.split in (None, entry.get("split")):
-            yield where, entry, read
+    corners([10, 5, 20.5, 8], (40, 30), "xywh") -> [10, 5, 30.5, 13]; one pixel outside is clipped.
+    """
+    if not (isinstance(box, list) and len(box) == 4
+            and all(type(n) in (int, float) and math.isfinite(n) and abs(n) < 1e6 for n in box)):
+        raise UserError(f"its box {str(box)[:80]} is not four finite numbers.")
+    scale = {"fractions": 1, "thousandths": 1000}.get(written)
+    x1, y1, x2, y2 = [n * side / scale for n, side in zip(box, (*size, *size))] if scale else box
+    x2, y2 = (x1 + x2, y1 + y2) if written == "xywh" else (x2, y2)
+    if x1 >= x2 or y1 >= y2 or min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
+        raise UserError(f"its box {box}, read as {written}, is empty or leaves the image of "
+                        f"{size[0]} x {size[1]}; rows and refcoco take --boxes.")
+    inside = [round(min(max(n, 0), side), 2) for n, side in zip((x1, y1, x2, y2), (*size, *size))]
+    return [int(n) if n == int(n) else n for n in inside]
 
 
-def yolo(args):
-    """Objects of files of lines: class, center and size as shares of the image, or a polygon."""
-    names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
-    names = dict(enumerate(names)) if isinstance(names, list) else names
+def plain(text):
+    """A text on one line; UserError if it is none, or spells what the chat format or answers reserve."""
+    if not isinstance(text, str) or not (text := " ".join(text.split())):
+        raise UserError(f"{str(text)[:80]!r} is no text to ask for.")
+    check_text(text)
+    if found := re.search("</?(image|answer|think)>", text):
+        raise UserError(f"the text holds {found[0]!r}, which questions and answers reserve; remove it.")
+    return text
 
-    def thing(category, *numbers):
-        numbers = list(map(float, numbers))
+
+# ---- COCO's JSON ----
+
+def read_json(path):
+    """The value of a JSON file, or the list of a JSONL file's; UserError for a pickle."""
+    content = Path(path).read_bytes()
+    if content[:1] == b"\x80" or Path(path).suffix in (".p", ".pkl", ".pickle"):
+        raise UserError(f"{path} {PICKLE}")
+    try:
+        text = content.decode("utf-8-sig")
+        jsonl = Path(path).suffix == ".jsonl"
+        return [parsed(line) for line in text.split("\n") if line.strip()] if jsonl else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON in UTF-8: {error}.") from error
+
+
+def has_lists(value, *names):
+    return isinstance(value, dict) and all(isinstance(value.get(name), list) for name in names)
+
+
+def value_of(entry, key, table=None):
+    """entry[key], a number or text that `table` has, if one is given; else UserError."""
+    if not isinstance(entry, dict):
+        raise UserError("it is not a JSON object {..}.")
+    if type(value := entry.get(key)) not in (int, str) or table is not None and value not in table:
+        raise UserError(f"its {key} is {str(value)[:80]}, which is no id, or that of nothing usable.")
+    return value
+
+
+def by_id(value, name, faults):
+    """{id: (where, entry)} of one of the file's lists. Of entries that share an id none is usable."""
+    found, ids = {}, Counter(str(entry.get("id")) for entry in value[name] if isinstance(entry, dict))
+    for n, entry in enumerate(value[name]):
+        with noted(faults, f"{name}[{n}]"):
+            if ids[str(key := value_of(entry, "id"))] > 1:
+                raise UserError(f"its id {key} is that of others, too.")
+            found[key] = f"{name}[{n}]", entry
+    return found
+
+
+def image_of(entry):
+    """(name, (width, height) or None) in an entry that describes an image."""
+    name = next((entry[key] for key in NAME_KEYS if entry.get(key)), None)
+    size = entry.get("width"), entry.get("height")
+    return name, size if set(map(type, size)) == {int} else None
+
+
+def coco(args, faults, left_out):
+    """Candidates of the objects in each image whose annotations are all usable, of an instances file."""
+    value = read_json(args.file)
+    if not has_lists(value, "images", "annotations", "categories"):
+        raise UserError(f"{args.file} is no instances file of images, annotations and categories.")
+    if any("neg_category_ids" in image for image in value["images"] if isinstance(image, dict)):
+        raise UserError(f"{args.file} is an LVIS file: it leaves objects out; nothing can be counted.")
+    images, categories = by_id(value, "images", faults), by_id(value, "categories", faults)
+    things, entries = defaultdict(list), value["annotations"]
+    stated = Counter(str(entry.get("image_id")) for entry in entries if isinstance(entry, dict))
+    for where, entry in by_id(value, "annotations", faults).values():
+        with noted(faults, where):
+            key = value_of(entry, "image_id", images)
+            name = plain(categories[value_of(entry, "category_id", categories)][1].get("name"))
+            if not (size := image_of(images[key][1])[1]):
+                raise UserError(f"its image, {images[key][0]}, has no width and height in whole pixels.")
+            things[key].append((name, corners(entry.get("bbox"), size, "xywh"), bool(entry.get("iscrowd"))))
+    whole = [key for key in things if len(things[key]) == stated[str(key)]]
+    photos = ((images[key][0], *image_of(images[key][1]), things[key]) for key in whole)
+    return questions(photos, left_out)
+
+
+# ---- A file an image: YOLO, Pascal VOC ----
+
+def yolo(args, faults, left_out):
+    """The same of label files: class, center and size as shares of the image, or class and a polygon."""
+    try:
+        names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
+        names = [str(names[n]) for n in range(len(names))]  # a list, or {0: a, 1: b, ..}
+    except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{args.names} has no names: [a, b, ..] of the classes 0, 1, ...") from error
+
+    def thing(line, size):
+        category, *numbers = line.split()
+        if not category.isdecimal() or int(category) >= len(names):
+            raise UserError(f"its class {category[:40]} has no name in {args.names}.")
+        numbers = [float(number) for number in numbers]
         if len(numbers) == 4:
             x, y, w, h = numbers
             numbers = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
         elif len(numbers) < 6 or len(numbers) % 2:
-            raise ValueError("neither class, x, y, width, height nor class and polygon")
+            raise UserError("it is neither class, x, y, width, height nor class and corners of a polygon.")
         xs, ys = numbers[::2], numbers[1::2]
-        return str(names[int(category)]), [[min(xs), min(ys), max(xs), max(ys)]], False
+        box = corners([min(xs), min(ys), max(xs), max(ys)], size, "fractions")
+        return plain(names[int(category)]), box, False
 
-    return named_alike(args, ".txt", lambda entry: [
-        thing(*line.split()) for line in entry["path"].read_text().splitlines() if line.strip()])
-
-
-def voc(args):
-    """Objects of XML files, whose pixels count from 1, both ends included; difficult: a crowd."""
-    def thing(node):
-        x1, y1, x2, y2 = (float(node.find("bndbox").findtext(key))
-                          for key in ("xmin", "ymin", "xmax", "ymax"))
-        return node.findtext("name"), [[x1 - 1, y1 - 1, x2, y2]], node.findtext("difficult") == "1"
-
-    return named_alike(args, ".xml", lambda entry: [
-        thing(node) for node in ElementTree.parse(entry["path"]).iter("object")])
+    def lines(text):
+        return [(f":{n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return questions(whole_images(args, faults, "**/*.txt", lines, thing), left_out)
 
 
-def named_alike(args, ending, read):
-    """Of --image_root/a/1.jpg the file FILE/a/1.txt (or .xml), by --list those that it names."""
-    root, lines = Path(args.image_root), Path(args.list).read_text() if args.list else ""
-    wanted = {Path(line.split()[0]).stem for line in lines.splitlines() if line.strip()}
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS):
-        image = path.relative_to(root)
-        file = Path(args.file, image).with_suffix(ending)
-        if file.exists() and (not args.list or file.stem in wanted):
-            yield file, {"file_name": image.as_posix(), "path": file}, read
+def voc(args, faults, left_out):
+    """The same of XML files. Their pixels count from 1, both ends included; difficult: as a crowd."""
+    def thing(node, size):
+        keys = ("xmin", "ymin", "xmax", "ymax")
+        x1, y1, x2, y2 = (float(node.findtext(f"bndbox/{key}") or "nan") for key in keys)
+        return (plain(node.findtext("name")), corners([x1 - 1, y1 - 1, x2, y2], size, "xyxy"),
+                node.findtext("difficult") == "1")
+
+    def objects(text):
+        try:
+            if "<!ENTITY" in text:  # which may unfold to any size
+                raise UserError("it defines entities")
+            nodes = ElementTree.fromstring(text.encode()).iter("object")
+        except (ElementTree.ParseError, UserError) as error:
+            raise UserError(f"it cannot be read as XML ({error}).") from error
+        return [(f", object {n}", node) for n, node in enumerate(nodes, 1)]
+    return questions(whole_images(args, faults, "**/*.xml", objects, thing), left_out)
 
 
-def by_id(value, name):
-    """{id: entry} of one of the lists of a COCO-like file."""
-    found = {entry["id"]: entry for entry in value[name]}
-    if len(found) < len(value[name]):
-        raise UserError(f"{len(value[name]) - len(found)} of {name} have the id of another.")
-    return found
+def whole_images(args, faults, pattern, parts_of, thing_of):
+    """Photos, for `questions`, of a folder of files: FOLDER/a/1.txt is of --image_root/a/1.jpg (or .png, ..).
 
-
-def joined(value, name):
-    """[(where, entry, with what its annotation and its image say)] of a COCO-like file."""
-    images, things = by_id(value, "images"), by_id(value, "annotations")
-    return [(f"{name}[{n}]", entry | things.get(entry.get("ann_id"), {})
-             | images.get(entry["image_id"], {})) for n, entry in enumerate(value[name])]
-
-
-# ---- Things in pixels of their photos ----
-
-def photos(args, faults):
-    """[(image, size, [(text, boxes in pixels, a crowd?), ..]), ..] of images without a fault."""
-    try:
-        parts, told, found = list(args.reader(args)), {}, {}
-    except MALFORMED as error:
-        raise UserError(f"{args.file} is not as its format has it: {error!r:.99}. A pickle is not "
-                        "read, as it may run any code; docs/data.md makes JSON of it.") from error
-    names = [next((str(entry[key]) for key in NAME_KEYS if isinstance(entry, dict)
-                   and entry.get(key)), f"of {where}") for where, entry, _ in parts]
-    paths = {name: attempt(resolve_image, name, args.image_root) for name in {*names}}
-    sizes = image_sizes(path for path in paths.values() if isinstance(path, str))
-    for name, (where, entry, read) in zip(names, parts):
-        path = paths[name]
-        things = attempt(in_pixels, entry, read, path, sizes.get(path), args.boxes)
-        if isinstance(things, UserError):
-            told.setdefault((name, str(things)), where)  # once, if it is the image's own
-        else:
-            image = os.path.relpath(path, args.image_root)
-            found.setdefault(name, (image, sizes[path], []))[2].extend(things)
-    faults += [f"{where}: {error}" for (_, error), where in told.items()]
-    spoiled = {name for name, _ in told}
-    return [photo for name, photo in found.items() if name not in spoiled]
-
-
-def in_pixels(entry, read, path, size, written):
-    """The things of an entry, their boxes in pixels of the image at `path`, else a UserError."""
-    try:
-        things, noted = read(entry), (entry.get("width"), entry.get("height"))
-    except MALFORMED as error:
-        raise UserError(f"it is not as its format has it ({error!r:.99}).") from error
-    if isinstance(path, UserError) or isinstance(size, str):
-        raise UserError(path if size is None else size)
-    if None not in noted and noted != size:
-        raise UserError(f"its image {path} is upright {size[0]} x {size[1]} pixels, but annotated "
-                        f"as {noted[0]} x {noted[1]}.")
-    for text, *_ in things:
-        if not isinstance(text, str) or re.search(r"^\s*$|</?(image|answer|think)>", text):
-            raise UserError(f"{str(text)[:80]!r} is no text to ask for: empty, or with a tag.")
-        check_text(text)
-    return [(" ".join(text.split()), [corners(box, size, written) for box in boxes], crowd)
-            for text, boxes, crowd in things]
-
-
-def corners(box, size, written):
-    """[x1, y1, x2, y2] within an image of `size` (width, height), to 0.01 pixels; else UserError.
-
-    corners([10, 5, 20.5, 8], (40, 30), "xywh") -> [10, 5, 30.5, 13]; of [500, 0, 1000, 100] in
-    "thousandths": [20, 0, 40, 3]. One pixel outside the image is rounding, and is clipped.
+    parts_of: text -> [(place, part)]; thing_of: (part, size) -> thing. A fault spoils its image.
     """
-    if not (isinstance(box, list) and len(box) == 4
-            and all(type(n) in (int, float) and abs(n) < 1e6 for n in box)):
-        raise UserError(f"its box {str(box)[:80]} is not four finite numbers.")
-    sides, scale = (*size, *size), {"fractions": 1, "thousandths": 1000}.get(written)
-    x1, y1, x2, y2 = [n * side / scale for n, side in zip(box, sides)] if scale else box
-    x2, y2 = (x1 + x2, y1 + y2) if written == "xywh" else (x2, y2)
-    if x1 >= x2 or y1 >= y2 or min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
-        raise UserError(f"its box {box}, read as {written}, {MISFIT} of {size[0]} x {size[1]}; "
-                        "coco, refcoco and rows take --boxes, which says how boxes are written.")
-    inside = [round(min(max(n, 0), side), 2) for n, side in zip((x1, y1, x2, y2), sides)]
-    return [int(n) if n == int(n) else n for n in inside]
+    folder, endings = Path(args.file), [*ENDINGS, *map(str.upper, ENDINGS)]
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of annotation files.")
+    lines = Path(args.list).read_text("utf-8-sig").splitlines() if args.list else []
+    listed = {Path(line.split()[0]).stem for line in lines if line.split()}
+    for file in sorted(folder.glob(pattern)):
+        if file.name == "classes.txt" or args.list and file.stem not in listed:
+            continue
+        things, parts, before = [], [], len(faults)
+        with noted(faults, file):
+            names = [file.relative_to(folder).with_suffix(ending) for ending in endings]
+            found = [name for name in names if Path(args.image_root, name).is_file()]
+            path = resolve_image(str((found or names)[0]), args.image_root)
+            size, parts = upright_size(path), parts_of(file.read_text("utf-8-sig", errors="replace"))
+        for place, part in parts:
+            with noted(faults, f"{file}{place}"):
+                things.append(thing_of(part, size))
+        if things and len(faults) == before:
+            yield str(file), path, size, things
 
 
-# ---- Photos -> [(row, its images, its sort)]; sorts of a task's rows are taken in turn ----
-
-def objects(args, faults, left_out):
-    """Where, how many, which? Images that show every label of the file are not asked which."""
-    asked, shown = [], {}
-    for image, (width, height), things in photos(args, faults):
-        boxes, seen, unsure = defaultdict(list), set(), set()
-        for label, found, crowd in things:
-            areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in found]
-            tiny = not crowd and min(areas) < TINY * width * height
-            boxes[label] += found
-            seen |= set() if tiny else {label}
-            unsure |= {label} if tiny or crowd else set()
-        for label in sorted(boxes.keys() - unsure):
-            n = len(boxes[label])
-            if n <= ASKED:
-                where = f"Where is {'the' if n == 1 else 'every'} {label}?"
-                asked.append(question(image, "detection", where, boxes[label], label))
-            if n <= COUNTED:
-                many = f'How many objects of the kind "{label}" are in the image?'
-                asked.append(question(image, "math", many, n, n))
-        left_out["a crowd or a tiny box"] += len(unsure)
-        if boxes and seen == boxes.keys() and all(parse_labels(label) == [label] for label in boxes):
-            shown[image] = frozenset(boxes)
-    while (every := frozenset().union(*shown.values())) in shown.values():
-        left_out["every label is there"] += 1
-        shown = {image: labels for image, labels in shown.items() if labels != every}
-    return asked + [question(image, "classify", "What objects are in the image?",
-                             ", ".join(sorted(labels)), labels) for image, labels in shown.items()]
+def questions(photos, left_out):
+    """Candidates of photos, [(where, image name, size, [(label, box, is it a crowd), ..]), ..]."""
+    for where, image, size, things in photos:
+        boxes, tiny, crowds = defaultdict(list), Counter(), {name for name, _, crowd in things if crowd}
+        for name, box, crowd in things:
+            boxes[name] += [] if crowd else [box]
+            tiny[name] += not crowd and (box[2] - box[0]) * (box[3] - box[1]) < TINY * size[0] * size[1]
+        ask = functools.partial(Candidate, where, image, size)
+        for name in sorted(boxes):
+            n = len(boxes[name])
+            if name in crowds or tiny[name]:
+                left_out["a crowd" if name in crowds else "tiny boxes"] += 1
+                continue
+            if n <= MOST_ASKED:
+                yield ask("detection", f"Where is {'the' if n == 1 else 'every'} {name}?", boxes[name], name)
+            if n <= MOST_COUNTED:
+                yield ask("math", f'How many objects of the kind "{name}" are in the image?', str(n), n)
+            left_out[f"more than {MOST_ASKED} boxes or {MOST_COUNTED} objects"] += n > MOST_ASKED
+        if any(parse_labels(name) != [name] or tiny[name] == len(boxes[name]) > 0 for name in boxes):
+            left_out["labels of tiny boxes alone, or with commas or brackets"] += 1
+        else:
+            yield ask("classify", "What objects are in the image?", ", ".join(sorted(boxes)), "")
 
 
-def expressions(args, faults, left_out):
-    """Where is what an expression refers to? One that an image has for different boxes: no."""
-    asked = []
-    for image, _, things in photos(args, faults):
-        meant = defaultdict(dict)
-        for text, boxes, _ in things:
-            text = text.rstrip(" .?!")
-            meant[text.lower()][str(boxes)] = text, boxes
-        for found in meant.values():
-            left_out["an expression for different boxes"] += len(found) > 1
-            asked += [question(image, "detection", f"Where is {text}?", boxes, image)
-                      for text, boxes in found.values() if len(found) == 1]
-    return asked
+# ---- Referring expressions ----
+
+def refcoco(args, faults, left_out):
+    """Candidates of referring expressions. One that an image has for different boxes is left out."""
+    found, meant, splits = [], defaultdict(set), set()
+    for where, entry, image in referred(args, faults):
+        splits.add(str(entry.get("split")))
+        if args.split and entry.get("split") != args.split:
+            continue
+        with noted(faults, where):
+            (name, size), boxes = image_of(image), boxes_in(entry)
+            texts = [plain(text).rstrip(" .?!") for text in texts_in(entry) or texts_in(image) or [""]]
+            for problem in (f"Where is {text}?" for text in dict.fromkeys(texts)):
+                found.append(Candidate(where, name, size, "detection", problem, boxes, str(name)))
+                meant[str(name), problem.lower()].add(str(boxes))
+    if len(splits) > 1 and not args.split:
+        raise UserError(f"{args.file} holds the splits {', '.join(sorted(splits))}; choose one with --split.")
+    clear = [candidate for candidate in found if len(meant[candidate.sort, candidate.problem.lower()]) == 1]
+    left_out["an expression for different boxes"] += len(found) - len(clear)
+    return clear
 
 
-def question(image, task, problem, answer, sort):
-    """One entry of the list; an answer of boxes as JSON."""
-    if task == "detection":
-        answer = json.dumps([{"bbox_2d": box} for box in answer])
-    solution = f"<answer>{answer}</answer>"
-    return {"image": image, "task": task, "problem": problem, "solution": solution}, [image], sort
+def referred(args, faults):
+    """(where, entry that has the box, entry that names the image) of everything that is referred to."""
+    value, name = read_json(args.file), ""
+    if isinstance(value, list):
+        if not args.boxes:
+            raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
+                            f"{' or '.join(CONVENTIONS)} (VLM-R1's lists: xyxy, others mostly: xywh).")
+        value = {name: value}
+    elif has_lists(value, "images", "annotations"):
+        args.boxes = args.boxes or "xywh"
+        name = "refs" if has_lists(value, "refs") else "annotations"
+        images, boxes = by_id(value, "images", faults), by_id(value, "annotations", faults)
+    else:
+        raise UserError(f"{args.file} is neither a list of expressions nor has images and annotations.")
+    for n, entry in enumerate(value[name]):
+        with noted(faults, f"{name}[{n}]"):
+            image = images[value_of(entry, "image_id", images)][1] if name else entry
+            if not isinstance(entry, dict):
+                raise UserError("it is not a JSON object {..}.")
+            box = boxes[value_of(entry, "ann_id", boxes)][1] if name == "refs" else {}
+            yield f"{name}[{n}]", {**box, **entry}, image
 
 
-# ---- Rows -> the same ----
-
-def rows(args, faults, left_out):
-    """Rows of a file, each in its own shape, their boxes or pictures as training reads them."""
-    look = in_corners if args.boxes else with_names
-    found = [(where, attempt(look, row, where, args)) for where, row in args.reader(args.file)]
-    faults += [f"{where}: {row}" for where, row in found if isinstance(row, UserError)]
-    return [(*row, None) for _, row in found if not isinstance(row, UserError)]
-
-
-def in_corners(row, where, args):
-    """(the row with its task, each list of four numbers in it as a box in pixels; its images)."""
-    read = one_row(row)
-    task = row_task(read, Path(where.rpartition(":")[0]), declared_tasks(args.task, TASKS))
-    if task not in TASKS:
-        raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
-    paths = [resolve_image(name, args.image_root) for name in read["images"]]
-    if TASKS[task].resize:
-        if len(paths) != 1:
-            raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
-        size = inspect_image(paths[0])
-        row = json.loads(BOX.sub(lambda match: (match[1] or "") + str(
-            corners([float(n) for n in match.groups()[1:]], size, args.boxes)), json.dumps(row)))
-    return row | {"task": task}, read["images"]
+def boxes_in(entry):
+    """The boxes of an entry as it has them: one, several, or none where it says that there is none."""
+    value = next((entry[key] for key in BOX_KEYS if entry.get(key) is not None), None)
+    if value is None and not entry.get("empty_case"):
+        raise UserError(f"it has no box, under any of {', '.join(BOX_KEYS)}, and is no empty_case.")
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return value
+    return [value] if value else []
 
 
-def parquet_rows(path):
-    """("file:row", row) of a parquet file, by the user's own pyarrow."""
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UserError("parquet files need pyarrow, so: pip install pyarrow") from error
-    try:
-        batches = (batch.to_pylist() for batch in ParquetFile(path).iter_batches(16))
-        for n, row in enumerate(itertools.chain.from_iterable(batches), 1):
-            yield f"{path}:{n}", row
-    except ValueError as error:  # which ArrowInvalid is
-        raise UserError(f"{path} cannot be read as parquet ({str(error)[:200]}).") from error
+def texts_in(value):
+    """All expressions in a text, a list, or an object under the first of EXPRESSION_KEYS that it has."""
+    if isinstance(value, dict):
+        return next((texts_in(value[key]) for key in EXPRESSION_KEYS if value.get(key)), [])
+    return [text for item in value for text in texts_in(item)] if isinstance(value, list) else [value]
 
 
-def with_names(row, where, args, write=False):
-    """(the row with names in place of pictures, its images); only with `write` they are saved."""
-    def name_of(value):
-        if not isinstance(value, bytes):
-            return str(value)
-        with opened(BytesIO(value), "in it") as image:  # the same picture, the same name
-            name = f"{hashlib.sha256(value).hexdigest()[:20]}.{image.format.lower()}"
-        if write:
-            Path(args.image_root, name).write_bytes(value)
-        return name
-    row = json.loads(json.dumps(row, default=name_of), object_hook=lambda value: (
-        value["bytes"] or value["path"] if {*value} == {"bytes", "path"} else value))
-    return row, re.findall(rf'"([^"]+(?:{"|".join(ENDINGS)}))"', json.dumps(row), re.IGNORECASE)
+# ---- Candidates to rows ----
 
-
-# ---- Choosing and writing ----
-
-def choose(questions, args, left_out):
-    """{side: rows}: sides by photo; of each task up to --per_task rows, its sorts in turn."""
-    def side_of(image):  # of all versions of a photo, whatever file names it
-        number = random.Random(f"{args.seed}/{family(Path(image).name)}").random()
-        return "test" if number < args.test_share else "train"
-
-    chosen, count, turns = defaultdict(list), Counter(), defaultdict(itertools.count)
+def choose(candidates, args, faults, left_out):
+    """{split: rows}: of each task up to --per_task usable candidates, frequent sorts as often as rare."""
+    candidates, chosen, bad, count = list(candidates), {"train": [], "test": []}, {}, Counter()
     room = {"train": args.per_task * (1 - args.test_share), "test": args.per_task * args.test_share}
-    if args.per_task:
-        shuffled = random.Random(args.seed).sample(questions, len(questions))
-        questions = sorted(shuffled, key=lambda asked: next(turns[asked[0]["task"], asked[2]]))
-    for row, images, _ in questions:
-        side, *others = set(map(side_of, images or [json.dumps(row)]))
-        if others:
-            left_out["photos of train and test in one row"] += 1
-        elif not args.per_task or count[side, row["task"]] < round(room[side]):
-            chosen[side].append(row)
-            count[side, row.get("task")] += 1
+    turns, places = defaultdict(itertools.count), range(len(candidates))
+    shuffled = random.Random(args.seed).sample(places, len(places))
+    for n in sorted(shuffled, key=lambda n: next(turns[candidates[n].task, candidates[n].sort])):
+        split, task = split_of(str(candidates[n].image), args), candidates[n].task
+        if args.per_task and count[split, task] >= round(room[split]):
+            continue
+        try:
+            chosen[split].append(usable(candidates[n], args))
+            count[split, task] += 1
+        except UserError as error:
+            bad[n] = f"{candidates[n].where}: {error}"
+    faults += [bad[n] for n in sorted(bad)]  # in the order of the file
+    return {split: with_absent_labels(rows, left_out) for split, rows in chosen.items()}
+
+
+def split_of(photo, args):
+    """"train" or "test": all versions of a photo lie in one."""
+    number = random.Random(f"{args.seed}/{family(Path(photo).name)}").random()
+    return "test" if number < args.test_share else "train"
+
+
+def usable(candidate, args):
+    """The row; UserError if image, boxes or text cannot be used."""
+    path = resolve_image(candidate.image, args.image_root)
+    size, answer = upright_size(path), candidate.answer
+    if candidate.size not in (None, size):
+        raise UserError(f"its image {candidate.image} is upright {size[0]} x {size[1]} pixels, but annotated "
+                        f"as {candidate.size[0]} x {candidate.size[1]}.")
+    if candidate.task == "detection":
+        boxes = [{"bbox_2d": corners(box, size, args.boxes)} for box in answer]
+        answer = json.dumps(boxes) if boxes else "no objects"
+    row = {"task": candidate.task, "problem": candidate.problem, "solution": f"<answer>{answer}</answer>"}
+    checked(Example(**row, images=(path,)), {path: size})
+    return {"image": os.path.relpath(path, args.image_root), **row}
+
+
+def with_absent_labels(rows, left_out):
+    """The rows but for images that show every label of the file: no absent one could be offered for them."""
+    shown = [set(parse_labels(answer_of(row["solution"]).lower())) if row["task"] == "classify" else {""}
+             for row in rows]
+    pool = set().union(*shown) - {""}
+    if pool not in shown:
+        return rows
+    left_out["every label is there"] += shown.count(pool)
+    return with_absent_labels([row for row, labels in zip(rows, shown) if labels != pool], left_out)
+
+
+# ---- Rows to rows ----
+
+def rows_in_pixels(args, faults, left_out):
+    """{split: rows} of questions of any shape, with every box of rows that have boxes in original pixels."""
+    chosen, tasks = {"train": [], "test": []}, declared_tasks(args.task, TASKS)
+    for where, value in read_rows(args.file):
+        with noted(faults, where):
+            row = row_in_pixels(one_row(value), Path(where.rpartition(":")[0]), tasks, args)
+            chosen[split_of(row["images"][0] if row["images"] else where, args)].append(row)
     return chosen
 
 
-def outputs(args):
-    """{"train": --out, and with --test_share "test": the file of its name in the folder test}."""
-    paths = {"train": (out := Path(args.out))}
-    if args.test_share:
-        paths["test"] = out.parent.parent / "test" / out.name
-        if out.parent.name != "train":
-            raise UserError(f"--out {out} must lie in a folder train: --test_share makes its twin.")
-    if found := [path for path in paths.values() if path.exists() and not args.force]:
-        raise UserError(f"{found[0]} exists already; take another --out, or replace it: --force.")
-    return paths
+def row_in_pixels(row, file, tasks, args):
+    """A row, of the file and as `one_row` gives it, whose boxes are in original pixels."""
+    task = row_task(row, file, tasks) or ("general" if row["chat"] else None)
+    if task not in TASKS:
+        raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
+    paths = [resolve_image(name, args.image_root) for name in row["images"]]
+    texts = [row["problem"], row["solution"]]
+    if TASKS[task].resize:
+        if len(paths) != 1:
+            raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
+
+        def rewrite(box):
+            mark, *numbers = box.groups("")
+            return f"{mark}{corners([*map(float, numbers)], upright_size(paths[0]), args.boxes)}"
+        texts = [BOX.sub(rewrite, text) for text in texts]
+    names = [os.path.relpath(path, args.image_root) for path in paths]
+    found = {"images": names, "task": task, "form": row["form"], "solution": texts[1]}
+    if row["history"]:
+        turns = [*row["history"], ("user", texts[0])]
+        return found | {"messages": [{"role": role, "content": text} for role, text in turns]}
+    return found | {"problem": texts[0]}
+
+
+def parquet(args, faults, left_out):
+    """The same of a parquet file; pictures in it become files under --image_root."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError("parquet files need pyarrow, which is not installed: pip install pyarrow") from error
+    chosen = {"train": [], "test": []}
+    with noted(faults, args.file):  # pyarrow finds in a damaged file ValueErrors
+        batches = (row for batch in ParquetFile(args.file).iter_batches(16) for row in batch.to_pylist())
+        for n, row in enumerate(batches, 1):
+            with noted(faults, f"{args.file}:{n}"):
+                row = with_files(row, Path(args.image_root))
+                chosen[split_of(f"{args.file}:{n}", args)].append(row)
+    return chosen
+
+
+def with_files(value, folder):
+    """A value with every picture in it replaced by the name of its file, which is written, in `folder`."""
+    if isinstance(value, list):
+        return [with_files(item, folder) for item in value]
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return with_files(value["bytes"], folder) if value["bytes"] else value["path"]
+    if isinstance(value, dict):
+        return {key: with_files(item, folder) for key, item in value.items()}
+    if not isinstance(value, bytes):
+        return value
+    with opened(BytesIO(value), "in it") as image:
+        name = f"{hashlib.sha256(value).hexdigest()[:20]}.{image.format.lower()}"  # the same picture, once
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(value)
+    return name
 
 
 def convert(args):
     """The whole conversion; prints what was written, what was left out and how to look at it."""
     faults, left_out, paths = [], Counter(), outputs(args)
-    questions = args.questions(args, faults, left_out)
-    misfits = sum(MISFIT in fault for fault in faults)  # so many: boxes are written otherwise
-    if faults and (misfits > 0.1 * len(questions) or not args.skip_bad_rows):
-        raise UserError("\n".join([
-            f"{args.file}: {len(faults)} entries cannot be used.", *first(faults), "Correct them, "
-            "say how boxes are written with --boxes, or drop bad rows with --skip_bad_rows."]))
-    chosen = choose(questions, args, left_out)
-    print("".join(f"left out: {n} x {why}\n" for why, n in left_out.most_common() if n), end="")
+    chosen = args.read(args, faults, left_out)
+    if not isinstance(chosen, dict):  # candidates
+        chosen = choose(chosen, args, faults, left_out)
+    faults = list(dict.fromkeys(faults))  # an image's fault is met once for each of its questions
+    if faults and not args.skip_bad_rows:
+        raise UserError("\n".join([f"{args.file}: {len(faults)} entries cannot be used.", *first(faults),
+                                   "Correct them, or drop what they spoil with --skip_bad_rows."]))
+    print("".join(f"left out: {n} x {reason}\n" for reason, n in left_out.most_common() if n), end="")
+    if empty := [split for split in paths if not chosen[split]]:
+        raise UserError("\n".join([f"{args.file} gives no {empty[0]} rows.", *first(faults)]))
     if faults:
         say(f"dropped {len(faults)} bad entries and what they spoil, the first {faults[0]}")
-    if empty := [side for side in paths if not chosen[side]]:
-        raise UserError(f"{args.file} gives no {empty[0]} rows with images of {args.image_root}.")
-    if args.reader is parquet_rows:
-        os.makedirs(args.image_root, exist_ok=True)
-        for where, row in parquet_rows(args.file):
-            attempt(with_names, row, where, args, True)
-    for side, path in paths.items():
+    for split, path in paths.items():
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in chosen[split]]
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[side])
-        write_aside(path, text)
-        print(path, dict(Counter(row.get("task", "rows") for row in chosen[side])))
+        write_aside(path, "".join(f"{line}\n" for line in lines))
+        tasks = Counter(row.get("task") for row in chosen[split])
+        print(f"{path}: " + ", ".join(f"{n} {task or 'rows'}" for task, n in sorted(tasks.items(), key=str)))
+    print(f"to look at it: python -m tools.pictures examples {shlex.quote(args.out)} "
+          f"--image_root {shlex.quote(args.image_root)}")
 
 
-FORMATS = {  # name: (what makes questions, reader, how boxes are written)
-    "coco": (objects, coco, "xywh"), "yolo": (objects, yolo, "fractions"),
-    "voc": (objects, voc, "xyxy"), "refcoco": (expressions, refcoco, None),
-    "rows": (rows, read_rows, "xyxy"), "parquet": (rows, parquet_rows, None)}
-FLAGS = (  # formats that have it, flag, settings
-    ("yolo", "--names", {"required": True, "help": "data.yaml, which names the classes"}),
-    ("yolo voc", "--list", {"help": "text that names the files to take, such as val.txt"}),
-    ("refcoco", "--split", {"help": 'only entries whose "split" is this'}),
-    ("rows", "--task", {"nargs": "+", "help": "of rows that name none: TASK or NAME=TASK"}),
-    ("coco refcoco rows", "--boxes", {"choices": CONVENTIONS, "help": "how boxes are written"}),
-    ("coco yolo voc refcoco", "--per_task", {"type": int, "help": "rows; 0: no limit [3000]"}),
-    ("", "--image_root", {"required": True, "help": "folder that images' names start from"}),
-    ("", "--out", {"required": True, "help": "JSONL to write, such as DIR/train/open.jsonl"}),
-    ("", "--test_share", {"type": float, "default": 0, "help": "of photos that go to test/ [0]"}),
-    ("", "--seed", {"type": int, "default": 0, "help": "of what is chosen and goes to test/ [0]"}),
-    ("", "--skip_bad_rows", {"action": "store_true", "help": "drop what cannot be used"}),
-    ("", "--force", {"action": "store_true", "help": "replace files that exist"}))
+def outputs(args):
+    """{"train": --out, and with --test_share "test": its twin under test/}; UserError if one exists."""
+    paths, parts = {"train": Path(args.out)}, list(Path(args.out).parts)
+    if args.test_share:
+        if "train" not in parts[:-1]:
+            raise UserError(f"--out {args.out}: --test_share needs a folder train in it, for a twin in test.")
+        parts[len(parts) - 1 - parts[::-1].index("train")] = "test"
+        paths["test"] = Path(*parts)
+    if found := [str(path) for path in paths.values() if path.exists() and not args.force]:
+        raise UserError(f"{' and '.join(found)} exists; name another --out, or replace it with --force.")
+    return paths
+
+
+BOXES = {"choices": CONVENTIONS, "default": "", "help": "corners, corner and size, corners as shares"}
+FLAGS = [  # name, the kinds of file that have it (all, if none is named), and what argparse makes of it
+    ("file", "", {"metavar": "FILE", "help": "JSON, JSONL or parquet; yolo, voc: a folder"}),
+    ("--list", "yolo voc", {"default": "", "help": "text that names the annotation files to take: val.txt"}),
+    ("--names", "yolo", {"required": True, "help": "the data set's data.yaml, which names the classes"}),
+    ("--split", "refcoco", {"default": "", "help": 'only entries whose "split" is this'}),
+    ("--boxes", "refcoco", BOXES), ("--boxes", "rows", BOXES | {"required": True}),
+    ("--task", "rows", {"nargs": "+", "help": "of rows that name none: TASK, or NAME=TASK by file"}),
+    ("--per_task", "coco yolo voc refcoco", {"type": int, "default": 3000, "help": "rows a task, 0: all"}),
+    ("--image_root", "", {"required": True, "help": "folder that the images' names start from"}),
+    ("--out", "", {"required": True, "help": "JSONL to write, such as DIR/train/open.jsonl"}),
+    ("--test_share", "", {"type": float, "default": 0.0, "help": "share of photos that goes to test/"}),
+    ("--seed", "", {"type": int, "default": 0, "help": "of what is chosen and what goes to test/"}),
+    ("--skip_bad_rows", "", {"action": "store_true", "help": "drop and count what cannot be used"}),
+    ("--force", "", {"action": "store_true", "help": "replace a file that exists"})]
 
 
 @command
 def main(argv=None):
-    """A subcommand for each format."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    formats = parser.add_subparsers(required=True)
-    for name, (questions, reader, boxes) in FORMATS.items():
-        sub = formats.add_parser(name, allow_abbrev=False)
-        sub.add_argument("file", metavar="FILE", help="JSON, JSONL or parquet; yolo, voc: a folder")
-        for names, flag, settings in FLAGS:
-            if not names or name in names.split():
-                sub.add_argument(flag, **settings)
-        sub.set_defaults(questions=questions, reader=reader, boxes=boxes,
-                         per_task=3000 if questions is not rows else 0)
+    """A subcommand for each kind of file."""
+    kinds = {"coco": (coco, "instances JSON -> detection, classify and math rows"),
+             "yolo": (yolo, "a folder of label files -> the same"),
+             "voc": (voc, "a folder of Pascal VOC's XML -> the same"),
+             "refcoco": (refcoco, "expressions -> detection rows"),
+             "rows": (rows_in_pixels, "rows whose boxes are not in pixels"),
+             "parquet": (parquet, "rows and pictures of the hub, with your own pyarrow")}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    for kind, (read, text) in kinds.items():
+        one = commands.add_parser(kind, help=text, allow_abbrev=False)
+        one.set_defaults(read=read, boxes="xyxy")
+        for flag, only, options in FLAGS:
+            if not only or kind in only.split():
+                one.add_argument(flag, **options)
     convert(parser.parse_args(argv))
 
 
