@@ -80,7 +80,8 @@ def prediction(example, completion, temperature):
     return {"image": example.images[0] if example.images else None, "problem": example.problem,
             "solution": example.solution, "task": example.task, "form": example.form, "split": example.split,
             "where": example.where, "size": example.size, "temperature": temperature, "completion": completion.text,
-            "answer": extract_answer(completion.text), "correct": bool(safe_reward(is_correct, completion.text, example)),
+            "answer": extract_answer(completion.text),
+            "correct": bool(safe_reward(is_correct, completion.text, example)),
             "format": safe_reward(format_reward, completion.text, example), "tokens": len(completion.tokens),
             "truncated": completion.truncated}
 
@@ -231,7 +232,7 @@ def answered(out, sampled, judge):
 
 
 def merge_partials(out, rows, questions, threshold, judge):
-    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions, complete or absent.
+    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions.
 
     Returns how many; or a sentence, where too many scores are missing. A wrong answer is not kept,
     whatever its score, where the task can tell: all but general questions, which may ask for prose.

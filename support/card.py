@@ -57,7 +57,7 @@ def stage_table(run, last):
     """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
     logged = [row["stage_index"] for row in read_jsonl(run.directory.out / "metrics.jsonl")]
     done = [(stage, logged.count(stage.index)) for stage in run.cfg.curriculum[:last.index + 1]]
-    return "\n".join(" | ".join([f"| {stage.label}", f"{steps} of {stage.steps}", *trained_on(run, stage, steps)]) + " |"
+    return "\n".join(f"| {stage.label} | {steps} of {stage.steps} | {' | '.join(trained_on(run, stage, steps))} |"
                      for stage, steps in done)
 
 

@@ -185,6 +185,17 @@ def test_what_is_damaged_in_an_end_of_a_stage_is_trained_again(undisturbed, base
     assert outcome(out) == undisturbed[1]
 
 
+def test_steps_skipped_before_a_kill_are_counted_after_it(base, tmp_path, monkeypatch):
+    reduce, calls = currreft.ShardedAdamW.reduce_gradients, []
+
+    def second_is_nan(self, most):
+        calls.append(reduce(self, most))
+        return float("nan") if len(calls) == 2 else calls[-1]
+    monkeypatch.setattr(currreft.ShardedAdamW, "reduce_gradients", second_is_nan)
+    main(begun(arguments(base, tmp_path / "run", "--stages", "binary:4", "--save_every", "2")))
+    assert [row["skipped_steps"] for row in outcome(tmp_path / "run")["metrics"]] == [0, 1, 1, 1]
+
+
 def test_a_checkpoint_rests_on_the_reference_of_its_stage(base, tmp_path, capsys):
     """Which a resumed run reads from the end of the stage before: damaged, it would be another KL."""
     resume = begun(arguments(base, tmp_path / "run", "--stages", "binary:2", "choice:3", "--save_every", "1"), at=4)
