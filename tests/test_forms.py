@@ -148,6 +148,7 @@ def test_four_rows_show_the_same_four_options_and_each_is_right_once(rows):
         assert all(sorted(right) == sorted(key) for key, right in right_in.items())
 
 
+@pytest.mark.slow
 def test_a_candidate_is_as_often_right_as_wrong_and_yes_is_a_coin():
     derived = derive_all(numbers(*random.Random(0).choices(range(12), k=4000)), "binary")
     shown = defaultdict(Counter)
@@ -225,6 +226,7 @@ def test_numbers_are_written_as_other_truths_are(truths):
         assert [x for x in shown if math_accuracy(shown[x], truth)] == [truth_of(row)]
 
 
+@pytest.mark.slow
 def test_truths_of_a_shape_of_their_own_get_invented_numbers_and_it_is_said(capsys):
     rows = derive_all(numbers(*range(30), "7.25 m", "x = 3"), "choice")
     for row, shape in zip(rows[-2:], ("0.0 m", "x = 0")):

@@ -147,6 +147,7 @@ print((peak() - start) / 80_000_000)
 """
 
 
+@pytest.mark.slow
 def test_large_images_cost_two_copies_one_at_a_time_without_warnings(tmp_path):
     """88 megapixels of RGBA cost 1.7 GiB, eight rows of them 12.5; bad EXIF data warned."""
     done = subprocess.run([sys.executable, "-W", "always", "-c", SCRIPT, str(tmp_path)], cwd=HERE,
