@@ -1,6 +1,7 @@
 """torchrun without its own traceback after a failed rank's sentence or a signal; exits with that code."""
 
 import logging
+import os
 import signal
 import sys
 
@@ -13,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    os.environ["LAUNCHER"] = str(os.getpid())  # so that a rank knows whose child it is
     try:
         main()
     except ChildFailedError as error:

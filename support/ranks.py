@@ -3,6 +3,7 @@
 torchrun starts one process a GPU, a rank; without torchrun there is one.
 """
 
+import ctypes
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ def join_ranks(timeout_minutes):
     if cuda:
         torch.cuda.set_device(local)
     if rank >= 0 and not dist.is_initialized():
+        end_with_launcher(signal.SIGKILL)  # the others would never come
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                     timeout=timedelta(minutes=timeout_minutes))
@@ -51,7 +53,16 @@ def join_ranks(timeout_minutes):
                     " Over several nodes, set GLOO_SOCKET_IFNAME to the interface of the network "
                     "between them (ip addr lists it): a host's name often resolves to the host "
                     "itself" if ranks > here else "")) from error
+    end_with_launcher(signal.SIGHUP)  # from here on there is something to save
     return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def end_with_launcher(number):
+    """Get this signal when torchrun dies; at once if it has died already. (Linux alone; see support/launch.py.)"""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.environ.get("LAUNCHER", str(os.getppid())) != str(os.getppid()):
+            os.kill(os.getpid(), number)
 
 
 def usable_gpu():

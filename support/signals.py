@@ -36,12 +36,10 @@ class Signals:
     """
 
     def __init__(self):
-        self.number, self.since, self.holding, self.parent, self.before = 0, 0.0, False, None, {}
+        self.number, self.since, self.holding, self.before = 0, 0.0, False, {}
 
     def __enter__(self):
         self.__init__()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.parent = int(os.environ.get("LAUNCHER", os.getppid()))
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the background of a script want it
@@ -74,8 +72,6 @@ class Signals:
 
     def arrived(self):
         """Number of the signal that has arrived, 0 if none has."""
-        if not self.number and self.parent not in (None, os.getppid()):
-            self.number = signal.SIGHUP
         return self.number
 
     def check(self, *_):
