@@ -47,14 +47,13 @@ def results(*accuracies, n=100):
 def test_a_cell_holds_mean_interval_and_range_by_hand():
     runs = results(("base0", 0, 40), ("base0", 1, 60))
     mean, half, each = spread(runs, OPEN)
-    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test are
-    # not 200 questions, but two bases are
+    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test are not 200
+    # questions, but two bases are
     assert (mean, each) == (pytest.approx(50), [40, 60]) and half == pytest.approx(9.6, abs=0.05)
     more = runs | results(("base1", 0, 50))
     assert spread(more, OPEN)[1] == pytest.approx(6.9, abs=0.05)
     there = {"two": runs, "one": results(("base0", 0, 50))}
-    assert [cell(there, OPEN, row) for row in ("two", "one", "none")] == [
-        "50 ±10 (40-60)", "50 ±10", "-"]
+    assert [cell(there, OPEN, row) for row in ("two", "one", "none")] == ["50 ±10 (40-60)", "50 ±10", "-"]
 
 
 def test_differences_are_between_runs_of_the_same_base_and_seed():

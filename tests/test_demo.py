@@ -164,8 +164,7 @@ def test_a_base_is_built_from_nothing(tmp_path):
         (tmp_path / name).mkdir()
     base.build_careful(tmp_path / "careful", 0, 2, count=40)
     base.build_base(tmp_path / "base", tmp_path / "careful", 0, (0.15, 0.15, 0.001), steps=2)
-    before, after = (
-        base.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
+    before, after = (base.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert Processor.from_pretrained(tmp_path / "base").tokenizer.chat_template
