@@ -1,6 +1,7 @@
 """The run: what a stage, a step and a flag do, and what they leave alone."""
 
 import dataclasses
+import itertools
 import json
 import re
 import weakref
@@ -33,9 +34,8 @@ def train(flags, tmp_path):
 
 
 def test_every_row_of_the_paper_is_a_command_line():
-    rows = ["sft:9", "open:9", "binary:9", "choice:9", "open:3 choice:3 binary:3", "binary+choice+open:9",
-            "binary:3 choice:3 open:3", "reject:9", "open:9 reject:3", "binary:3 choice:3 open:3 reject:3"]
-    for row in rows:
+    for row in ("sft:9", "open:9", "binary:9", "choice:9", "open:3 choice:3 binary:3", "binary+choice+open:9",
+                "binary:3 choice:3 open:3", "reject:9", "open:9 reject:3", "binary:3 choice:3 open:3 reject:3"):
         curriculum = Config(data="d", stages=tuple(row.split())).curriculum
         assert [f"{stage.name}:{stage.steps}" for stage in curriculum] == row.split()
     assert Stage.parse(0, "binary+choice:7").forms == ("binary", "choice") and Stage.parse(0, "reject:7").forms == ()
@@ -84,23 +84,20 @@ def test_what_saves_time_or_memory_changes_nothing(train):
         assert a.get("reward") == b.get("reward") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
-def test_the_reference_is_a_copy_of_the_policy_not_the_policy(train, monkeypatch):
-    """Taken from memory at a stage's start: it must stay behind, bring no rollout engine, and want no gradient."""
-    seen, original = [], currreft.update
-    monkeypatch.setattr(currreft, "update", lambda run, *a: seen.append(run) or original(run, *a))
-    train("--stages", "open:2")
+def test_the_reference_is_a_copy_of_the_policy_and_scored_once_however_many_updates(train, monkeypatch):
+    """Taken from memory at a stage's start: it must stay behind, bring no rollout engine, and want no gradient.
+
+    It is frozen: scoring it again in every update gives the same numbers for a fifth of the time.
+    """
+    seen, update, scored, score = [], currreft.update, [], currreft.token_logps
+    monkeypatch.setattr(currreft, "update", lambda run, *a: seen.append(run) or update(run, *a))
+    monkeypatch.setattr(currreft, "token_logps", lambda model, *a: scored.append(model) or score(model, *a))
+    train("--stages", "open:1", "--updates_per_rollout", "3")
+    assert sorted(map(scored.count, set(scored))) == [2, 6], "two micro-batches: once, the policy three times"
     reference, policy = seen[0].reference, seen[0].policy
     assert not torch.equal(reference.lm_head.weight, policy.lm_head.weight)
     assert reference.engine is None and not any(p.requires_grad for p in reference.parameters())
     assert not {p.data_ptr() for p in reference.parameters()} & {p.data_ptr() for p in policy.parameters()}
-
-
-def test_the_reference_is_scored_once_however_many_updates(train, monkeypatch):
-    """It is frozen: scoring it again in every update gives the same numbers for a fifth of the time."""
-    scored, original = [], currreft.token_logps
-    monkeypatch.setattr(currreft, "token_logps", lambda model, *a: scored.append(model) or original(model, *a))
-    train("--stages", "open:1", "--updates_per_rollout", "3")
-    assert sorted(map(scored.count, set(scored))) == [2, 6], "two micro-batches: the reference once, the policy three times"
 
 
 def test_without_kl_a_group_of_equal_rewards_costs_nothing_and_changes_nothing(train, tmp_path, monkeypatch):
@@ -204,21 +201,24 @@ def test_frozen_vision_stays_and_gives_the_same_step(train, tmp_path, base):
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
-def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(train, tmp_path, monkeypatch):
-    original, calls = currreft.grpo_loss, []
+def make_nan(monkeypatch, *which):
+    """The losses of these calls, or of all, are not finite."""
+    original, calls = currreft.grpo_loss, itertools.count(1)
 
-    def sometimes_nan(*args, **kwargs):
+    def loss_or_nan(*args, **kwargs):
         loss, sums = original(*args, **kwargs)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) in (1, 2) else loss), sums
-    monkeypatch.setattr(currreft, "grpo_loss", sometimes_nan)
+        return (loss * float("nan") if next(calls) in which or not which else loss), sums
+    monkeypatch.setattr(currreft, "grpo_loss", loss_or_nan)
+
+
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(train, tmp_path, monkeypatch):
+    make_nan(monkeypatch, 1, 2)
     assert [row["skipped_steps"] for row in train("--stages", "open:2", "--micro_batch", "1")] == [1, 1]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "stages" / "1-open").values())
 
 
 def test_non_finite_gradients_in_a_row_end_the_run_naming_the_last_checkpoint(flags, tmp_path, monkeypatch, capsys):
-    original = currreft.grpo_loss
-    monkeypatch.setattr(currreft, "grpo_loss", lambda *a, **k: (original(*a, **k)[0] * float("nan"), original(*a, **k)[1]))
+    make_nan(monkeypatch)
     run = [*flags, "--out", tmp_path / "run", "--stages", "open:9", "--save_every", "2"]
     assert "0000004" in refused(capsys, run, 1)
 

@@ -117,12 +117,12 @@ DATA = {  # name: (what is done to a data directory, words of the sentence)
     "no rows": (asked(), "no rows"),
     "a URL": (asked({"image": "http://x/a.png"}), "open.jsonl:1"),
     "a home": (asked({"image": "~/images/a.png"}), "open.jsonl:1"),
-    "outside": (lambda data: asked({"image": f"../{tiny_image(data.parent / 'o.png').name}"})(data), "--allow_outside"),
+    "outside": (lambda data: asked({"image": str(tiny_image(data.parent / "o.png"))})(data), "--allow_outside"),
     "a truth that is none": (asked({"solution": ""}), "open.jsonl:1"),
     "an unknown task": (asked({"task": "maths"}), "'maths'"),
     "a flat picture": (lambda data: tiny_image(data / "images/a.png", (84, 1)), "a.png is 84 x 1"),
     "a torn picture": (lambda data: write(data / "images/a.png", "\x89PNG\r\n"), "a.png cannot be decoded"),
-    "no test truth": (lambda data: write(data / "grpo_data/test/open_id.jsonl", '{"problem": ""}'), "id.jsonl:1"),
+    "no test truth": (lambda data: write(data / "grpo_data/test/open_id.jsonl", '{"a": 1}'), "open_id.jsonl:1"),
     "no questions": (lambda data: shutil.rmtree(data / "SFT_data"), "--questions"),
     "a picture in text": (asked({"problem": "<video>?"}), "<video>"),
     "prompts too long": (asked({"problem": "a " * 3900}), "--max_prompt_length"),
@@ -171,14 +171,15 @@ def template(text):
 
 def special(tokenizer):
     added = tokenizer["added_tokens"]
-    for tag in ("<think>", "</think>"):
-        added.append(added[-1] | {"id": max(token["id"] for token in added) + 1, "content": tag, "special": True})
+    top = max(token["id"] for token in added)
+    for n, tag in enumerate(("<think>", "</think>"), 1):
+        added.append(added[0] | {"id": top + n, "content": tag, "special": True})
 
 
 NORM, HEAD, NOT_WHOLE = "model.norm.weight", "model.embed_tokens.weight", "no complete Qwen2.5-VL"
 BASES = {  # name: (what is done to a base, words of the sentence)
     "a tensor is missing": (weights(lambda t: t.pop(NORM)), "lacks weights"),
-    "no vision tower": (weights(lambda t: [t.pop(name) for name in [*t] if "visual" in name]), "lacks weights"),
+    "no vision tower": (weights(lambda t: [t.pop(name) for name in [*t] if "visual" in name]), "lacks"),
     "a tensor too many": (weights(lambda t: t.update({"model.extra": torch.zeros(2)})), "has no place for"),
     "another shape": (weights(lambda t: t.update({NORM: torch.ones(32)})), "another shape"),
     "integer weights": (weights(lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)})), "integer or"),

@@ -94,7 +94,7 @@ def test_a_card_of_a_run_without_tests_claims_no_results(base, flags, tmp_path):
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
     (data / "images").symlink_to(base[1] / "images")
-    (data / "train" / "open.jsonl").write_bytes((base[1] / "grpo_data" / "train" / "open.jsonl").read_bytes())
+    shutil.copy(base[1] / "grpo_data" / "train" / "open.jsonl", data / "train")
     main([*flags, "--data", str(data), "--out", str(tmp_path / "run"), "--stages", "choice:1", "--skip_bad_rows"])
     text = (tmp_path / "run" / "stages" / "1-choice" / "README.md").read_text()
     assert "Not evaluated" in text and table(text, "Training")[1][2:] == ["12", "0.167", "`open.jsonl` (12)"]
@@ -129,8 +129,12 @@ def test_settings_of_addresses_and_paths_are_not_published():
 
 @pytest.fixture
 def tensorboard(monkeypatch):
-    """What is called on SummaryWriter, in order."""
+    """Stands for SummaryWriter."""
+    def begin(folder, purge_step):
+        Path(folder).mkdir(exist_ok=True)
+        return module.SummaryWriter.return_value
     module = Mock()
+    module.SummaryWriter.side_effect = begin
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     return module.SummaryWriter
 
@@ -159,13 +163,12 @@ def test_tensorboard_gets_every_number_under_its_step_and_resume_goes_on_there(f
     main(run)
     writer, folder = tensorboard.return_value, str(tmp_path / "run" / "tensorboard")
     assert "    num_generations: 2" in writer.add_text.call_args.args[1]
-    told = {(name, step): value for (name, value, step), _ in writer.add_scalar.call_args_list}
-    expected = {(name, step): value for step, figures in zip((0, 3, 5), evaluations(tmp_path / "run"), strict=True)
-                for name, value in figures.items()}
-    assert told == expected | {
-        (name, row["step"]): value for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")
-        for name, value in row.items() if not isinstance(value, str) and name != "step"}
+    evaluated = [{"step": step, **figures} for step, figures in zip((0, 3, 5), evaluations(tmp_path / "run"))]
+    expected = [call(name, value, row["step"]) for row in evaluated + read_jsonl(tmp_path / "run" / "metrics.jsonl")
+                for name, value in row.items() if not isinstance(value, str) and name != "step"]
+    assert sorted(writer.add_scalar.call_args_list) == sorted(expected), "each once"
     main([*run, "--resume"])
+    assert writer.add_scalar.call_count == len(expected)
     assert tensorboard.call_args_list == [call(folder, purge_step=1), call(folder, purge_step=6)]
 
 
@@ -225,5 +228,4 @@ def test_without_the_flag_no_tracker_is_imported(flags, tmp_path, monkeypatch, c
     reporter.start(tmp_path, {}, 0)
     reporter({"step": 1})
     assert not list(tmp_path.iterdir())
-    said = refused(capsys, [*flags, "--report_to", "mlflow"], 2)
-    assert "--report_to must be tensorboard or wandb" in said
+    assert "--report_to must be tensorboard or wandb" in refused(capsys, [*flags, "--report_to", "mlflow"])
