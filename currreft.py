@@ -49,7 +49,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data import (Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
+from data import (
+    Processor, Prompt, batch_indices, instruction, load_data, refuse_long_prompts, taught)
 from engine import generate, load_policy
 from packed import forbidden_bias, image_features, pack, token_logps
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, safe_reward
@@ -72,9 +73,7 @@ from support.words import RunError, UserError, say, terminal
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to it
 
 
-# ----------------------------------------------------------------------------------------------------
-# Settings: field = flag, comment = its --help
-
+# ---- Settings: field = flag, comment = its --help ----
 
 @dataclass(frozen=True)
 class Config:
@@ -183,9 +182,7 @@ class Stage:
         return () if self.name in ("sft", "reject") else tuple(self.name.split("+"))
 
 
-# ----------------------------------------------------------------------------------------------------
-# The method: equations
-
+# ---- The method: equations ----
 
 def group_advantages(rewards):
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group, std unbiased: (..., G) -> (..., G).
@@ -229,9 +226,7 @@ def sft_loss(logp, mask, num_tokens):
     return -(logp * mask).sum() / num_tokens
 
 
-# ----------------------------------------------------------------------------------------------------
-# The method: one step
-
+# ---- The method: one step ----
 
 @dataclass
 class Group:
@@ -294,10 +289,9 @@ def assign_rewards(cfg, groups):
 def update(run, stage, step, groups):
     """Learn from the groups: one optimizer step, or --updates_per_rollout of them. Returns sums over tokens.
 
-    pi_old is the first update's own forward pass: the weights are still those that sampled, so rho is
-    exactly 1 there. It and the reference are scored once, however many updates follow; "kl" and "clipped" are
-    summed over all of them. Without KL, groups whose rewards are all equal are left out: their gradient is
-    exactly zero.
+    pi_old is the first update's own forward pass: the weights are still those that sampled, so rho is exactly 1.
+    It and the reference are scored once, however many updates follow; "kl" and "clipped" are summed over all.
+    Without KL, groups whose rewards are all equal are left out: their gradient is exactly zero.
     """
     cfg, sums, scored = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, scored=0), {}
     groups = [group for group in groups if cfg.beta or group.advantages.any()]
@@ -363,15 +357,10 @@ def sft_step(run, stage, step):
     return {"loss": (loss_sum.item(), sum(map(len, answers)))}, {"update": time.perf_counter() - started}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The state of a run: models, optimizer, counts; and what follows from them: batches, seeds, schedule
-
+# ---- The state of a run: models, optimizer, counts; and what follows from them: batches, seeds, schedule ----
 
 class Run:
-    """One run on one rank. Whatever changes in a run is declared in __init__.
-
-    Its directory (`directory`: checkpoints, resume) and its log (`log`) are of support/ and know none of it.
-    """
+    """One run on one rank. Whatever changes in a run is declared here; `directory` and `log` know none of it."""
 
     SAVED = ("global_step", "skipped", "bad_in_a_row", "results")  # attributes that a checkpoint keeps
 
@@ -415,10 +404,9 @@ class Run:
             enable({"use_reentrant": False, "preserve_rng_state": False})
 
     def load_reference(self, stage, resumed=False):
-        """The KL reference of a stage, frozen; none if beta is 0.
+        """The KL reference of a stage, frozen, or the base; none if beta is 0.
 
-        The policy at the stage's start, which a resumed run finds as the end of the stage before; or the
-        base.
+        The policy at the stage's start, which a resumed run finds as the end of the stage before.
         """
         if not self.cfg.beta:
             return
@@ -549,12 +537,10 @@ def learning_rate(cfg, stage, step, base):
     return base * (0.5 + 0.5 * math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else base
 
 
-# ----------------------------------------------------------------------------------------------------
-# The curriculum
-
+# ---- The curriculum ----
 
 def train(cfg):
-    """The whole run: data, evaluation of the base, stage after stage with its checkpoint and evaluation."""
+    """The whole run: data, evaluation of the base, stage after stage with checkpoint and evaluation."""
     run = begin(cfg)
     with run.directory:  # nobody else's until the end
         reached, done = run.resume()
@@ -567,6 +553,9 @@ def train(cfg):
             with signals.held():
                 train_stage(run, stage, done)
                 run.save(stage)
+                stopping = max(gather(signals.arrived()))  # on any rank
+            if stopping:
+                raise Stopped(stopping)
             run.evaluate(stage.label)
     if run.rank == 0:
         print(f"{results_table([run.directory.out])}\nmodel    {run.directory.stage_end(-1)}\n"
@@ -576,6 +565,9 @@ def train(cfg):
 def begin(cfg):
     """Join the other ranks, check all data, tell what memory is needed: what can fail before a model loads.
     """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
     device = join_ranks(cfg.timeout_minutes)
     for name, size in (("prompts_per_step", cfg.prompts_per_step), ("sft_batch", cfg.sft_batch)):
         if size % world()[1]:
@@ -588,8 +580,8 @@ def begin(cfg):
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
     for sentence in warnings.of_a_run(cfg, examples):
         say(sentence)
-    longest = max((processor.prompt_length(e) for rows in (*examples.values(), questions) for e in rows),
-                  default=None)
+    asked = [example for rows in (*examples.values(), questions) for example in rows]
+    longest = max(processor.prompt_lengths(asked), default=None)
     check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
     if questions:
         judge_of(cfg).probe()  # better now than after all RL stages
@@ -599,10 +591,9 @@ def begin(cfg):
 def train_stage(run, stage, done):
     """One row of the curriculum, from its step `done` on.
 
-    At a switch of stage everything starts afresh from the policy as it is: the optimizer (no moments, float32
-    masters copied from the weights), the learning rate's schedule (it counts the stage's own steps), the KL
-    reference (the policy at this moment, unless --reference base) and the order of the data. Only the weights
-    and the count of steps go on.
+    At a switch of stage all starts afresh from the policy as it is: the optimizer (no moments, float32 masters
+    copied from the weights), the learning rate's schedule (it counts the stage's own steps), the KL reference
+    (the policy now, unless --reference base), the order of the data. Weights and the count of steps go on.
     """
     run.optimizer = run.reference = run.policy.engine = None  # freed before this stage's are made
     run.optimizer = ShardedAdamW(run.policy.named_parameters(), run.cfg.offload)
@@ -649,9 +640,7 @@ def judge_of(cfg):
     return EndpointJudge(cfg.judge_url, cfg.judge_model) if cfg.judge_url else Rules()
 
 
-# ----------------------------------------------------------------------------------------------------
-# Command line
-
+# ---- Command line ----
 
 def parse_args(argv=None):
     """Config from flags: every field is a flag of its name, and its comment in the source is the help."""
@@ -660,9 +649,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Command line; exits with 2 and a sentence for a user's mistake, 1 for a run that cannot go on."""
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
     with terminal(), signals:
         cfg = None
         try:

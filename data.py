@@ -1,13 +1,13 @@
 """Data of Curr-ReFT: files of rows -> checked examples -> token ids and image patches.
 
-Two pixel spaces: annotations are in pixels of the original image; Qwen2.5-VL speaks pixels of the
-image as its processor resized it, sides multiples of 28. A task's `resize` converts, once, at load:
-then all coordinates are in model pixels. Rows are read in support/rows.py, images are tried in
-support/images.py; forms that have no file of their own are derived in forms.py.
-Departure from the released code: an unusable row is an error with file and line, not another row.
+Two pixel spaces: annotations are in pixels of the original image; Qwen2.5-VL speaks pixels of the image as
+its processor resized it, sides multiples of 28. A task's `resize` converts, once, at load: then all
+coordinates are in model pixels. Rows are read in support/rows.py, images are tried in support/images.py;
+forms that have no file of their own are derived in forms.py. Departure from the released code: an unusable
+row is an error with file and line, not another row.
 
-Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; four
-patches are one image token.
+Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; four patches are
+one image token.
 """
 
 import random
@@ -120,8 +120,7 @@ class Processor:
         vision = self.image_processor(shown, return_tensors="pt")
         grid = vision["image_grid_thw"]  # an image of 84 x 56: [1, 4, 6]
         copies = iter((grid.prod(-1) // 4).tolist())
-        ids = [i for token in ids
-               for i in [token] * (next(copies) if token == self.image_token_id else 1)]
+        ids = [i for token in ids for i in [token] * (next(copies) if token == self.image_token_id else 1)]
         return Prompt(torch.tensor(ids), vision["pixel_values"].float(), grid, example)
 
     def _unexpanded(self, example: Example) -> list[int]:
@@ -151,10 +150,6 @@ class Processor:
             self.lengths[example] = len(self._unexpanded(example)) + self._image_tokens(example)
         return [self.lengths[example] for example in examples]
 
-    def prompt_length(self, example: Example) -> int:
-        """`prompt_lengths` of one example."""
-        return self.prompt_lengths([example])[0]
-
     def _image_tokens(self, example: Example) -> int:
         """Tokens of its images beside the one of each place, by sizes or the files' headers."""
         sizes = [example.size] if example.size else []
@@ -170,8 +165,7 @@ class Processor:
 
     def decode(self, ids) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def check_text(text: str) -> None:
@@ -194,8 +188,7 @@ def taught(example: Example) -> str:
 
 def model_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) that an image is resized to, multiples of 28: (640, 480) -> (644, 476)."""
-    height, width = smart_resize(
-        size[1], size[0], factor=28, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+    height, width = smart_resize(size[1], size[0], factor=28, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
     return width, height
 
 
@@ -267,11 +260,10 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
                   skip_bad_rows=False, allow_outside=False, chat_task=None) -> list[Example]:
     """Examples of a file of rows of any known shape, or of all files in a folder but `*_test` ones.
 
-    `form`, `task`: of rows that name none; the form is by default what the file's name says. `task`
-    may name tasks by file, "math RefGTA=detection"; `chat_task`: that of chats where it is another.
-    `image_root`: where image paths start, by default the folder that `path` is in. UserError lists
-    every bad row with file and line; `skip_bad_rows` drops and counts them, unless the file as a
-    whole seems to mean something else.
+    `form`, `task`: of rows that name none; the form is by default what the file's name says. `task` may name
+    tasks by file, "math RefGTA=detection"; `chat_task`: that of chats where it is another. `image_root`:
+    where image paths start, by default the folder that `path` is in. UserError lists every bad row with file
+    and line; `skip_bad_rows` drops and counts them, unless the file as a whole seems to mean something else.
     """
     root, rows, elsewhere = Path(image_root or Path(path).parent), read_rows(path), []
     read = partial(read_example, root=root, form=form, tasks=declared_tasks(task, TASKS),

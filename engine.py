@@ -70,7 +70,7 @@ def generate(model, processor, prompts, num_generations=1, max_completion_length
         return []
     G = num_generations
     seeds = seeds or [[i * G + g for g in range(G)] for i in range(len(prompts))]
-    lengths = [len(p.input_ids) if isinstance(p, Prompt) else processor.prompt_length(p)
+    lengths = [len(p.input_ids) if isinstance(p, Prompt) else processor.prompt_lengths([p])[0]
                for p in prompts]  # of an Example read off the images' headers
     rows = max(G, min(max_rows, G * len(prompts)))
     settings = (rows, max_completion_length, temperature, top_p, G)

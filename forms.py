@@ -1,8 +1,8 @@
 """One annotation, three forms (paper, section 3.1): an open example as a yes/no or option question.
 
-A wrong answer must be as likely as the right one to who does not look, or the question would teach
-to guess. So rows lend one another their right answers as wrong ones, two for yes/no, four for
-options. Of four rows that ask "How many cups are there?" `derive_all` makes
+A wrong answer must be as likely as the right one to who does not look, or the question would teach to guess.
+So rows lend one another their right answers as wrong ones, two for yes/no, four for options. Of four rows
+that ask "How many cups are there?" `derive_all` makes
 
     3   A. 5  B. 4  C. 3  D. 8 -> C       Is the answer 8? -> no
     4   A. 8  B. 5  C. 3  D. 4 -> D       Is the answer 4? -> yes
@@ -32,9 +32,9 @@ FEW, TOGETHER, DRAWS = 20, 64, 60  # rows that change little; that look for sets
 def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
     """The form of one example by itself, the same for the same (seed, example, form).
 
-    `pool`: texts that wrong answers are drawn from (default: its task's), as far as they are wrong;
-    where it has too few, the task invents more. UserError where there is none: a truth in words, a
-    pool without absent labels. Of a whole data set `derive_all` makes fairer questions.
+    `pool`: texts that wrong answers are drawn from (default: its task's), as far as they are wrong; where it
+    has too few, the task invents more. UserError where there is none: a truth in words, a pool without absent
+    labels. Of a whole data set `derive_all` makes fairer questions.
     """
     if form == example.form:
         return example
@@ -47,9 +47,9 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False):
     """The list of all examples in another form, such that only the image tells what is right.
 
-    Rows go into sets whose answers are wrong for one another. A row whose partners are all taken,
-    as its answer is too frequent, is left out; one that no row can lend a wrong answer to gets
-    invented ones, as in `derive`. Rows without such a form are one UserError, or are dropped.
+    Rows go into sets whose answers are wrong for one another. A row whose partners are all taken, as its
+    answer is too frequent, is left out; one that no row can lend a wrong answer to gets invented ones, as in
+    `derive`. Rows without such a form are one UserError, or are dropped.
     """
     if form == "open":
         return examples
@@ -69,8 +69,7 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
         sets, rest = exchange(rows, form)
         for lent, members in sets + [(0, [row]) for row in _not_surplus(rows, rest, form, seed)]:
             for row in members:
-                texts = [text for other in members if other is not row
-                         for text in other.shown_to(row, lent)]
+                texts = [text for other in members if other is not row for text in other.shown_to(row, lent)]
                 if not (len(texts) > 2 or form == "binary" and texts):
                     texts += _drawn(row, rows, form, seed)
                 rng = _rng(row.example, form, seed)
@@ -118,8 +117,7 @@ def exchange(rows: list[Lender], form: str) -> tuple[list, list]:
         for alike in (lambda e: (e.problem, e.size), lambda e: e.problem, lambda e: None):
             groups, few = {}, []
             for row in rest:
-                able = min(len(row.right), TASKS[row.example.task].most) >= lent
-                able = able and not row.has_options(form)
+                able = lent <= min(len(row.right), TASKS[row.example.task].most) and not row.has_options(form)
                 (groups.setdefault(alike(row.example), []) if able else few).append(row)
             rest = few
             for group in groups.values():

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from data import load_examples, model_size, with_places
 from engine import generate, load_policy
-from rewards import (FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
+from rewards import (
+    FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
 from support.answers import extract_answer, parse_boxes
 from support.drawing import view
 from support.files import read_jsonl, sealed, write_aside
@@ -33,9 +34,7 @@ from support.ranks import gather, world
 from support.reasons import leads_to, sentences, substance, tokens
 from support.words import RunError, UserError, command, say
 
-# ----------------------------------------------------------------------------------------------------
-# Evaluation
-
+# ---- Evaluation ----
 
 def pass_at_k(n, c, k):
     """Unbiased chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
@@ -81,7 +80,8 @@ def prediction(example, completion, temperature):
     return {"image": example.images[0] if example.images else None, "problem": example.problem,
             "solution": example.solution, "task": example.task, "form": example.form, "split": example.split,
             "where": example.where, "size": example.size, "temperature": temperature, "completion": completion.text,
-            "answer": extract_answer(completion.text), "correct": bool(safe_reward(is_correct, completion.text, example)),
+            "answer": extract_answer(completion.text),
+            "correct": bool(safe_reward(is_correct, completion.text, example)),
             "format": safe_reward(format_reward, completion.text, example), "tokens": len(completion.tokens),
             "truncated": completion.truncated}
 
@@ -107,8 +107,7 @@ def summarize(predictions, samples):
     return {split: {task: figures(groups) for task, groups in tasks.items()} for split, tasks in splits.items()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# The quality score
+# ---- The quality score ----
 
 KEEP_ABOVE = 85.0                       # paper: what scores more is kept
 MAX_THINKING = 6000                     # characters; longer reasoning is padding
@@ -119,8 +118,8 @@ def quality_score(completion, example):
 
     Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor
     said over again, and does not end in another value than the answer. Of several the one that says
-    more scores higher. Rules see form alone: not whether a reason is true, fits the image, or leads
-    to the next one; and another question's steps with the right numbers in them pass.
+    more scores higher. Rules see form alone: not whether a reason is true, fits the image, leads to
+    the next one, or was taken from another question that has the same answer.
     """
     thinking = completion.partition("<think>")[2].partition("</think>")[0]
     accuracy = accuracy_reward(completion, example, partial_credit=0.0)
@@ -143,9 +142,7 @@ class Rules:
         """Nothing can be wrong with rules."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rejection sampling
-
+# ---- Rejection sampling ----
 
 def rejection_sample(model, processor, questions, out, *, judge=None, samples=8, threshold=85.0, temperature=1.0,
                      max_completion_length=512, max_rows=64, seed=0, weights="", on_finish=None):
@@ -228,14 +225,14 @@ def answered(out, sampled, judge):
     rows = {}
     for file in sorted(out.parent.glob(f"{out.name}.rank-*.partial")):
         for row in read_jsonl(file):
-            if isinstance(row, dict) and row == sealed(row) and row["sampled"] == sampled:
+            if row == sealed(row) and row["sampled"] == sampled:
                 again = {} if row["judge"] == judge.name else {"scores": [None] * len(row["answers"])}
                 rows[row["key"]] = row | again
     return rows
 
 
 def merge_partials(out, rows, questions, threshold, judge):
-    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions, complete or absent.
+    """Rank 0: of `rows`, see `answered`, one chat JSONL of what was kept, in the order of the questions.
 
     Returns how many; or a sentence, where too many scores are missing. A wrong answer is not kept,
     whatever its score, where the task can tell: all but general questions, which may ask for prose.
@@ -280,9 +277,7 @@ def kept_examples(path, questions):
     return [replace(by_key[row["question"]], solution=row["messages"][-1]["content"]) for row in rows]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Command line
-
+# ---- Command line ----
 
 def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""

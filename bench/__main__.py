@@ -23,12 +23,12 @@ from functools import partial
 import torch
 import transformers
 
-from bench.ground import SIZES, build
+from bench.ground import MODEL_SIZES, build
 from bench.rollouts import beside_generate, beside_vllm, shared_prompts
 from bench.updates import beside_trl, full_step, group_update
 from support.words import UserError, command
 
-SHAPES = [{"B": B, "G": 8, "P": P, "C": C} for P in (100, 600) for B in (4, 8) for C in (64, 128)]
+LENGTHS = [{"B": B, "G": 8, "P": P, "C": C} for P in (100, 600) for B in (4, 8) for C in (64, 128)]
 STEPS = [{"B": 8, "G": 8, "C": 64, "side": 84},    # short, as in the demo
          {"B": 2, "G": 8, "C": 200, "side": 560}]  # long, and most of it picture
 
@@ -38,9 +38,9 @@ def asked_for(args, device):
     if args.against or args.prompts:
         measure = {"vllm": partial(beside_vllm, args.python), "trl": beside_trl,
                    "generate": beside_generate, None: shared_prompts}[args.against]
-        cases = [(measure, shape) for shape in (STEPS if args.against == "trl" else SHAPES)]
+        cases = [(measure, shape) for shape in (STEPS if args.against == "trl" else LENGTHS)]
     else:
-        cases = [(beside_generate, SHAPES[1]), (beside_generate, SHAPES[5]),
+        cases = [(beside_generate, LENGTHS[1]), (beside_generate, LENGTHS[5]),
                  (group_update, {"G": 8, "P": 600, "C": 200})]
         cases += [(full_step, {"B": 8, "G": 8, "C": 512, "side": 616})] * (device == "cuda")
     return {", ".join(f"{name} {value}" for name, value in shape.items()):
@@ -62,7 +62,7 @@ def main(argv=None):
     """Print a table; with --json on standard error, and JSON of the same on standard output."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__.splitlines()[0],
                                      allow_abbrev=False)
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=MODEL_SIZES, default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     table = parser.add_mutually_exclusive_group()

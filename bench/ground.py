@@ -15,7 +15,7 @@ Cost = namedtuple("Cost", "wall cpu")  # seconds: passed, and worked by all thre
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size")
 VISION = ("hidden_size", "intermediate_size", "depth", "num_heads")
-SIZES = {
+MODEL_SIZES = {
     "demo": ((128, 384, 4, 4, 2, 1024), (128, 256, 2, 4)),
     "tiny": ((192, 512, 4, 4, 2, 512), (64, 128, 2, 4)),
     "small": ((512, 1408, 8, 8, 2, 8192), (128, 256, 4, 4)),
@@ -27,7 +27,7 @@ def build(size, device="cpu", folder=None):
     with tempfile.TemporaryDirectory() as tiny:
         processor = Processor.from_pretrained(tiny_checkpoint(tiny))
         config = transformers.AutoConfig.from_pretrained(tiny).to_dict()
-    text, vision = (dict(zip(*pair)) for pair in zip((TEXT, VISION), SIZES[size]))
+    text, vision = (dict(zip(*pair)) for pair in zip((TEXT, VISION), MODEL_SIZES[size]))
     depth, part = vision["depth"], text["hidden_size"] // text["num_attention_heads"] // 16
     config["text_config"] |= {**text, "layer_types": None, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * part, 3 * part, 3 * part]}}
@@ -82,7 +82,7 @@ def timed(function):
     return result if isinstance(result, Cost) else here
 
 
-def in_turn(functions, repeats):
+def alternately(functions, repeats):
     """Rounds for `compared`, the first to warm up: each of {name: function} in turn."""
     return [{name: timed(f) for name, f in functions.items()} for _ in range(repeats + 1)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ground import Cost, build, compared, in_turn, make_prompt, plain, plain_inputs
+from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs
 from data import Prompt
 from engine import Engine, generate
 from packed import attach_attention
@@ -34,7 +34,7 @@ def beside(others, model, processor, repeats, prompts, G, C):
             raise UserError(f"{name} answered at another length: there is nothing to compare")
         return cost
     samplers = {"engine": engine, **others}
-    rounds = in_turn({name: partial(rollout, name) for name in samplers}, repeats)
+    rounds = alternately({name: partial(rollout, name) for name in samplers}, repeats)
     first, *rest = [sample(prompts, 1, 16, 0.0)[0] for sample in samplers.values()]
     same = [a == b for other in rest for pair in zip(first, other) for a, b in zip(*pair)]
     figures = compared(rounds, model.device.type)
@@ -104,4 +104,4 @@ def shared_prompts(size, device, repeats, B, G, P, C):
     rollouts = {name: partial(e.run, prompts, [P] * B, seeds) for name, e in engines.items()}
     once, copied = (sum(t.numel() for t in (*e.cache.tails, *(e.cache.prompts or ())))
                     for e in engines.values())
-    return {**compared(in_turn(rollouts, repeats), device), "cache ratio": once / copied}
+    return {**compared(alternately(rollouts, repeats), device), "cache ratio": once / copied}

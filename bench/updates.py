@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import transformers
 
-from bench.ground import Cost, build, compared, in_turn, make_prompt, plain, plain_inputs, timed
+from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs, timed
 from currreft import Config, Run, Stage, group_advantages, rollout, update
 from data import instruction
 from packed import attach_attention, forbidden_bias, pack, token_logps
@@ -37,7 +37,7 @@ def group_update(size, device, repeats, G, P, C):
         logps = out.logits[:, :-1].float().log_softmax(-1)
         logps.gather(2, inputs["input_ids"][:, P:, None]).sum().backward()
         model.zero_grad()
-    return compared(in_turn({"packed": packed, "separate": separate}, repeats), device)
+    return compared(alternately({"packed": packed, "separate": separate}, repeats), device)
 
 
 def our_run(size, device, folder, B, G, C, side, **settings):
@@ -76,7 +76,7 @@ def full_step(size, device, repeats, B, G, C, side):
         run = our_run(size, device, folder, B, G, C, side, checkpoint_activations=True)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        figures = compared(in_turn({"step": lambda: our_step(run)}, repeats), device)
+        figures = compared(alternately({"step": lambda: our_step(run)}, repeats), device)
     return {**figures, "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
             "hours of 3,400 such steps": 3400 * figures["step s"] / 3600}
 

@@ -41,9 +41,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import instruction, prompt_messages
-from demo.world import COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, ask
-from demo.world import careful_response, draw, example_of, general_question, hasty_response, parts_question
-from demo.world import parts_scene, random_scene, write_data, write_parts
+from demo.world import (
+    COLORS, HASTE, PARTS, PLACES, RL_QUESTIONS, SHAPES, SIDE, ask, careful_response, draw,
+    example_of, general_question, hasty_response, parts_question, parts_scene, random_scene,
+    write_data, write_parts)
 from rewards import FORMS, TASKS, Example
 from support.tiny import SPLIT, TEMPLATE, byte_bpe
 from support.words import UserError, command

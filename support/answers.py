@@ -8,12 +8,10 @@ nothing here raises, is slow or is evaluated.
 import json
 import re
 from itertools import takewhile
-from string import ascii_uppercase
 
 import numpy as np
 
-MAX_ANSWER = 4000                       # characters; a longer answer is none
-MAX_SHORT = 200                         # of a verdict, of letters, of "no objects"
+MAX_ANSWER, MAX_SHORT = 4000, 200       # characters of an answer; of a verdict, or letters
 MAX_BOXES, MAX_PIXEL = 64, 1e6          # more, or a larger coordinate, as infinity, are none
 END = ".,;: \t\r\n\\"                   # what may close an answer; no "!": 5! is not 5
 EDGES = END + "。!?()[]{}<>\"'`*“”‘’"
@@ -69,9 +67,7 @@ def parse_letters(text):
 
     One may come with its text: "Option B", "B. dog" -> {"B"}; "B. dog, C. cat", "B or C" -> None.
     """
-    if len(text) > MAX_SHORT:
-        return None
-    text = NAMED.fullmatch(undress(text, END + "!"))[1]
+    text = NAMED.fullmatch(undress(text, END + "!") if len(text) <= MAX_SHORT else "")[1]
     text = told[1] if (told := TOLD.fullmatch(text)) else text
     pieces = [piece for piece in re.split(r"[\s,;:/&.()\[\]{}]+|和|\band\b", text) if piece]
     if len(pieces) == 1 and re.fullmatch("A?B?C?D?E?F?G?H?", pieces[0]):
@@ -83,7 +79,7 @@ def parse_letters(text):
 def offered_letters(problem):
     """Letters of the options that a problem lists: A, B, C and on, as far as each stands alone."""
     alone = set(re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", problem))
-    return set(takewhile(alone.__contains__, ascii_uppercase))
+    return set(takewhile(alone.__contains__, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 
 def parse_labels(text):

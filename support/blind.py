@@ -1,6 +1,6 @@
 """A learner that sees no image: can yes/no and option questions be answered without looking?
 
-It is told of each candidate what can be known blind: place, size and shape of a box; value and
+It is counts of each candidate what can be known blind: place, size and shape of a box; value and
 roundness of a number; its rank in each among the options; letter, length, capital; how often the
 text was right elsewhere. It is fitted on half of the images and tested on the other half. What it
 gets right above chance, a policy can learn without looking: no help with open questions.
@@ -22,7 +22,7 @@ WARN = 0.10  # above chance
 GIVEN_AWAY = ". WARNING: the questions give their answers away: learning them need not be seeing"
 MOST = 4000  # questions of a task and form that are looked at
 ASKED = re.compile(r"Is there an? (.+)\?$|Is the answer (.+)\?$|Is (.+) the right box\?$")
-OPTION = re.compile(r"^([A-D])\. (.*)$", re.MULTILINE)
+OPTION_LINE = re.compile(r"^([A-D])\. (.*)$", re.MULTILINE)
 
 
 def candidates(example):
@@ -31,7 +31,7 @@ def candidates(example):
     if example.form == "binary":
         found = ASKED.search(example.problem.strip())
         return [(next(filter(None, found.groups())), bool(parse_verdict(truth)))] if found else []
-    options, right = OPTION.findall(example.problem), parse_letters(truth) or set()
+    options, right = OPTION_LINE.findall(example.problem), parse_letters(truth) or set()
     return [(text, letter in right) for letter, text in options] if len(options) > 1 else []
 
 
@@ -51,7 +51,7 @@ def known(text, size):
 def described(examples, train):
     """Features (n, F), right (n,) and question (n,) of all candidates; `train` questions tell how
     often a text was right, where it was shown there ten times."""
-    told = Counter((text.lower(), right) for example, use in zip(examples, train) if use
+    counts = Counter((text.lower(), right) for example, use in zip(examples, train) if use
                    for text, right in candidates(example))
     rows, rights, owner = [], [], []
     for number, example in enumerate(examples):
@@ -59,7 +59,7 @@ def described(examples, train):
         own = np.array([known(text, example.size) for text in texts], float)
         order = own.argsort(0, kind="stable").argsort(0) / max(1, len(own) - 1)
         among = np.concatenate([order, order == 0, order == 1, abs(order - 0.5) < 0.34], 1)
-        seen = np.array([[told[text.lower(), r] for r in (True, False)] for text in texts])
+        seen = np.array([[counts[text.lower(), r] for r in (True, False)] for text in texts])
         seen = seen * (seen.sum(1, keepdims=True) >= 10)
         share = (seen[:, :1] + 1) / (seen.sum(1, keepdims=True) + 2)
         rows.append(np.concatenate([own, among * (len(own) > 1), np.eye(len(own), 4),

@@ -48,16 +48,16 @@ def trained_on(run, stage, steps):
         rows, kept = run.questions, run.directory.out / f"rejected-{stage.index + 1}.jsonl"
         count = len(read_jsonl(kept))
     files = Counter(Path(example.where.rpartition(":")[0]).name for example in rows)
-    told = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
+    used = f"{count} kept of {len(rows)} questions" if stage.name == "reject" else str(count)
     passes = steps * (run.cfg.prompts_per_step if stage.forms else run.cfg.sft_batch) / max(1, count)
-    return told, f"{passes:.3g}", ", ".join(f"{code(file)} ({n})" for file, n in files.items())
+    return used, f"{passes:.3g}", ", ".join(f"{code(file)} ({n})" for file, n in files.items())
 
 
 def stage_table(run, last):
     """Rows of the stages up to `last`; steps are counted in metrics.jsonl."""
     logged = [row["stage_index"] for row in read_jsonl(run.directory.out / "metrics.jsonl")]
     done = [(stage, logged.count(stage.index)) for stage in run.cfg.curriculum[:last.index + 1]]
-    return "\n".join(" | ".join([f"| {stage.label}", f"{steps} of {stage.steps}", *trained_on(run, stage, steps)]) + " |"
+    return "\n".join(f"| {stage.label} | {steps} of {stage.steps} | {' | '.join(trained_on(run, stage, steps))} |"
                      for stage, steps in done)
 
 

@@ -204,7 +204,8 @@ class RunDirectory:
         record = json.loads(json.dumps({**settings, "made_of": made_of, "changes": []}))
         there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--out {out} cannot be a directory: {there} is {'read-only' if there.is_dir() else 'a file'}")
+            what = "read-only" if there.is_dir() else "a file"
+            raise UserError(f"--out {out} cannot be a directory: {there} is {what}")
         if not file.exists():
             there = [path.name for path in out.iterdir()] if out.exists() else []
             if any(not name.startswith((".writing-", ".lock")) for name in there):  # which a killed start may leave
@@ -221,8 +222,8 @@ class RunDirectory:
         except UserError as error:
             changed = [str(error)]
         if changed and not settings["allow_changes"]:
-            raise UserError("this is not what the run was begun with:\n  " + "\n  ".join(changed) + "\nResume with what "
-                            "it had, or accept the changes with --allow_changes; they are written down")
+            raise UserError("this is not what the run was begun with:\n  " + "\n  ".join(changed)
+                            + "\nResume with what it had, or accept the changes with --allow_changes; they are written down")
         for sentence in changed:
             say(f"accepted: {sentence}")
         return record, changed

@@ -112,10 +112,10 @@ class EndpointJudge:
             error.msg = f"{error.reason}: {(said := self._read(error))}"
             if not 400 <= error.code < 500 or error.code == 429:
                 raise
-            told = {n for n in ("temperature", "max_tokens", "system") if n in said.lower()}
-            if told <= self.refused:
+            named = {n for n in ("temperature", "max_tokens", "system") if n in said.lower()}
+            if named <= self.refused:
                 raise UserError(str(error)) from None
-            self.refused |= told
+            self.refused |= named
             return self._ask(case)
         try:
             return json.loads(said)["choices"][0]["message"]["content"] + ""

@@ -96,6 +96,6 @@ def read_jsonl(path):
     for line in Path(path).read_text("utf-8").splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

@@ -24,7 +24,7 @@ LARGE = 2**24  # pixels; of such images one is decoded at a time
 MANY = 1000  # images that are worth a line
 # Pillow's warnings name a line of Pillow and no image; what matters among them is refused here.
 warnings.filterwarnings("ignore", module=r"PIL\b")
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # EXIF orientation ->
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # EXIF orientation ->
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,  # what sets it upright
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -48,8 +48,8 @@ def load_image(path) -> Image.Image:
     """The image as RGB, upright by its EXIF tag, on white where clear; UserError if damaged."""
     with opened(path) as image:
         image.load()
-        if (tag := image.getexif().get(0x0112)) in TURNS:
-            image = image.transpose(TURNS[tag])
+        if (tag := image.getexif().get(0x0112)) in UPRIGHT:
+            image = image.transpose(UPRIGHT[tag])
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -80,8 +80,8 @@ def inspect_image(path) -> tuple[int, int]:
 def resolve_image(name, root, allow_outside: bool = False) -> str:
     """The image's path under `root`, a folder or several; UserError if it is not there, or outside.
 
-    An absolute path of another machine loses parts from the left until it exists:
-    /elsewhere/coco/1.jpg -> root/coco/1.jpg. Any other name means that file alone.
+    An absolute path of another machine loses parts from the left until it exists: /elsewhere/coco/1.jpg ->
+    root/coco/1.jpg. Any other name means that file alone.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > MAX_NAME:
         raise UserError(f"{str(name)[:80]!r} is not the path of an image. Images inside of a row "

@@ -1,4 +1,4 @@
-"""torchrun, without its own traceback after the sentence of a rank that failed, or after a signal; exits with its code."""
+"""torchrun without its own traceback after a failed rank's sentence or a signal; exits with that code."""
 
 import logging
 import signal

@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from support.answers import END, parse_letters, undress
 
-MAX_TEXT, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
-MAX_POWER, MAX_VALUE = 60, 1e300        # so that floats and fractions never overflow on each other
-MAX_PARTS = 12                          # of a tuple, set or list; more are compared as text
+MAX_TRUTH, MAX_NUMBER = 600, 120         # characters: longer texts are equal as they are
+MAX_PARTS, MAX_POWER, MAX_VALUE = 12, 60, 1e300     # floats and fractions overflow on each other
 ROUGHLY = Fraction(1, 40)               # of the truth: rounding changes it by no more
 
 CHARACTERS = str.maketrans({
@@ -87,7 +86,7 @@ SCALE = re.compile(r"(?:hundred|thousand|[mb]illion|trillion|dozen|half|halves|t
                    r"factorial|times|negative|[十百千万亿半倍].*")       # changes the number: no unit
 NAME = re.compile(r" ?(?!(?:no|not|never) ?=)(?:(?:m ?)?[∠△|]? ?[A-Za-zα-ω]{1,5}(?:_\{?\w{1,4}\}?)?"
                   r"\|?|[A-Za-z]\(\w\)|[A-Z]:[A-Z]|\([a-zA-Z](?:, ?[a-zA-Z])+\)) ?= ?")     # f(x) =
-SHOWN = re.compile(r"(?=.*[0-9])(?:\\(?:sin|cos|tan|log|binom|frac|bmod)|[-0-9 .+*/^(){}√π°|!])+")
+READ_AS = re.compile(r"(?=.*[0-9])(?:\\(?:sin|cos|tan|log|binom|frac|bmod)|[-0-9 .+*/^(){}√π°|!])+")
 
 
 class Number(NamedTuple):
@@ -105,8 +104,9 @@ def parse_number(text):
     name = NAME.match(text := plain(text))
     left, _, text = text[name.end() if name else 0:].rpartition("=")
     if left:                                            # a calculation = what comes out
-        shown, found = parse_number(left), SHOWN.fullmatch(left) and parse_number(text)
-        return found if found and (not shown or shown.value == found.value) else None
+        found = parse_number(text) if READ_AS.fullmatch(left) else None
+        same = found and getattr(parse_number(left), "value", found.value) == found.value
+        return found if same else None
     pair = text[:1] in ("(", "[", "{") and "," in text  # (1,234), [90,180]
     if len(text) > MAX_NUMBER or pair or UNCLEAR.search(text):
         return None
@@ -115,11 +115,11 @@ def parse_number(text):
     for _ in range(5):                                  # from the inside out
         text = re.sub(r"([√^]) ?\{([^{}]*)\}", r"\1(\2)", text)
         text = FRACTION.sub(r"((\1)/(\2\3))", text)
-    written = NUMERIC.match(text)[0].strip()
-    unit, number = read_unit(text[len(NUMERIC.match(text)[0]):].strip()), compute(written)
+    written = NUMERIC.match(text)[0]
+    unit, number = read_unit(text[len(written):].strip()), compute(written.strip())
     if unit is None or number is None:
         return None
-    digits = written.lstrip("+- ").replace(",", "")
+    digits = written.strip("+- ").replace(",", "")
     decimals = len(digits.partition(".")[2]) if LITERAL.fullmatch(digits) else None
     if unit == "%":
         number, decimals = number / 100, None if decimals is None else decimals + 2
@@ -223,7 +223,7 @@ def same_math(answer, truth, depth=2):
 
     Of option letters, A to J, case is no matter; of symbols it is. (a, b) is not (b, a) nor [a, b).
     """
-    if max(len(answer), len(truth)) > MAX_TEXT:
+    if max(len(answer), len(truth)) > MAX_TRUTH:
         return answer.split() == truth.split() != []
     if depth == 2 and OPTIONS.fullmatch(undress(truth, END + "!")):
         return parse_letters(answer) == parse_letters(truth)
@@ -235,10 +235,13 @@ def same_math(answer, truth, depth=2):
         return said is not None and same_number(said, number)
     right, said = elements(truth), elements(answer)
     if depth and right and said and len(right[1]) == len(said[1]):
-        brackets = {right[0], said[0]}
-        if brackets in ({"{}"}, {"{}", ""}):
+        brackets, named = {right[0], said[0]}, all(map(name_of, right[1] + said[1]))
+        if named:                                       # y = 2, x = 1
+            right[1].sort(key=name_of)
+            said[1].sort(key=name_of)
+        elif brackets in ({"{}"}, {"{}", ""}):
             return same_set(said[1], right[1])
-        if len(brackets) == 1 or brackets == {"[]", ""} and len(right[1]) > 2:  # not an interval
+        if named or len(brackets) == 1 or brackets == {"[]", ""} and len(right[1]) > 2:
             return all(len({name_of(a), name_of(b)} - {""}) < 2 and same_math(a, b, depth - 1)
                        for a, b in zip(said[1], right[1]))
     return normalize(answer) == normalize(truth) != ""
@@ -271,18 +274,14 @@ def cut(text, marks):
 
 
 def elements(text):
-    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None.
-
-    Sorted where all have names: "y = 2, x = 1" is ("", ["x = 1", "y = 2"]).
-    """
-    if len(text) > MAX_TEXT:
+    """("()", ["1", "2"]) of "(1, 2)", also of mixed brackets, and "" for a bare list; or None."""
+    if len(text) > MAX_TRUTH:
         return None
     name, brackets = NAME.match(text := plain(text)), ""
     text = text[name.end():] if name and text[name.end():][:1] in tuple("([{") else text
     if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and len(cut(text, ")]}")) == 2:
         brackets, text = text[0] + text[-1], text[1:-1]
     parts = [part.lstrip(",;").strip() for part in cut(text, ",;")]
-    parts = sorted(parts, key=name_of) if all(map(name_of, parts)) else parts
     return (brackets, parts) if 1 < len(parts) <= MAX_PARTS and all(parts) else None
 
 

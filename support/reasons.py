@@ -20,7 +20,7 @@ FILLERS = {*(
     "make makes after about frac text boxed circ option choose number value based believe "
     "looking certainly confident obvious having wants asks").split(),
     *"的是了在这那个所以因为此答案我们来想一下题目问让仔细考虑思得到出应该选就么图中看可知道不非经过求很简单易计算明显"}
-NUMBERS = {*"two three four five six seven eight nine ten".split(), *"二三四五六七八九十两"}
+NUMBER_WORDS = {*"two three four five six seven eight nine ten".split(), *"二三四五六七八九十两"}
 
 
 def tokens(text):
@@ -35,43 +35,44 @@ def sentences(text):
     return list(filter(None, map(tokens, re.split(r"[.!?;](?:\s|$)|[。！？；\n]", text))))
 
 
-def kind(token):
+def value_type(token):
     """What a token may be as an answer: a number, yes or no, an option's letter; "" for none."""
-    return "0" if token[0].isdigit() else "(" if token[0] == "(" else "yes" if token in ("yes", "no") else ""
+    return "0" if token[0].isdigit() else "(" if token[0] == "(" else \
+        "yes" if token in ("yes", "no") else ""
 
 
 def substance(said, answer, asked):
-    """How much is said, and once, below 1; 0 for nothing of its own, or few of the asked numbers."""
+    """How much is said, and once, below 1; 0 for nothing of its own or of the question.
+
+    Of its own: a number, a sign, or two words. Of the question, if it has numbers: one, or a word.
+    """
     words = list(chain.from_iterable(said))
     runs = list(zip(words, words[1:], words[2:], words[3:]))
     once = len(set(runs)) / len(runs) if runs else 1.0
     content = set(words) - FILLERS - set(answer)
-    own, options = content - set(asked), {"(a)", "(b)"} <= set(asked)
-    stem = asked[:asked.index("(a)")] if options else asked
-    numbers = {word for word in stem if kind(word) == "0"} - set(answer)
-    enough = own & NUMBERS or any(not word.isalpha() and word[0] != "(" for word in own)  # it counts
-    if not enough:
-        alike = {word[:4] for word in content} & {word[:4] for word in asked}           # dog, dogs
-        enough = len(own) > 1 and alike if any(map(kind, answer)) else own
-    fits = 2 * len(numbers & set(words)) >= len(numbers)
+    own, numbers = content - set(asked), {word for word in asked if value_type(word) == "0"} - set(answer)
+    alike = {word[:4] for word in content} & {word[:4] for word in asked}               # dog, dogs
+    counts = own & NUMBER_WORDS or any(not word.isalpha() and word[0] != "(" for word in own)
+    enough = counts or (len(own) > 1 and alike if any(map(value_type, answer)) else own)
+    fits = alike or not numbers
     speech = once >= 0.6 and (len(words) < 60 or len(set(words)) < 0.9 * len(words))    # or noise
     return once * len(content) / (len(content) + 5) if fits and enough and speech else 0.0
 
 
 def leads_to(said, answer, asked):
-    """Whether the last sentence with a value of the answer's kind has the answer, and no new one.
+    """Whether the last sentence with a value of the answer's value_type has the answer, and no new one.
 
     It is not denied. A number is also in a sentence that says more: "So it is 12" is no step.
     """
-    wanted = {word for word in answer if kind(word)}
-    kinds = set(map(kind, wanted))
-    valued = [sentence for sentence in said if kinds & set(map(kind, sentence))]
+    wanted = {word for word in answer if value_type(word)}
+    types = set(map(value_type, wanted))
+    valued = [sentence for sentence in said if types & set(map(value_type, sentence))]
     if not valued:
         return True
     last, known = valued[-1], set(chain(asked, *valued[:-1]))
     end = max((i for i, word in enumerate(last) if word in wanted), default=0)
     denied = {"not", "never", "t", "不", "非"} & set(last[max(0, end - 2):end])
-    new = {word for word in last[end + 1:] if kind(word) in kinds} - known - set(last[:end])
+    new = {word for word in last[end + 1:] if value_type(word) in types} - known - set(last[:end])
     step = any(wanted <= set(words) and set(words) - FILLERS - wanted for words in valued)
-    step = step or len(valued) == 1 or "0" not in kinds
+    step = step or len(valued) == 1 or "0" not in types
     return wanted <= set(last) and not denied and not new and step

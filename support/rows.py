@@ -5,11 +5,10 @@ Rows as people have them -> the one row that data.py reads; tables tell what eac
     {"problem": text, "solution": text, "history": [(role, text), ..], "images": [path, ..],
      "task": text or None, "form": text or None, "chat": were they turns that end in the answer?}
 
-Read are problem and solution under any of their names, and chats of role/content (OpenAI, TRL,
-LLaMA-Factory, ms-swift) or from/value (LLaVA, Qwen2.5-VL's fine-tuning, VLM-R1, InternVL, Geo170K,
-MathV360K), contents as text or as a list of parts, ending in the answer or in a question with its
-truth beside. What would be left unread and changes what is asked (a video, a picture under another
-key, a place for one) is a UserError.
+Read are problem and solution under any of their names, and chats of role/content (OpenAI, TRL, LLaMA-Factory,
+ms-swift) or from/value (LLaVA, Qwen2.5-VL's fine-tuning, VLM-R1, InternVL, Geo170K, MathV360K), contents as
+text or as a list of parts, ending in the answer or in a question with its truth beside. What would be left
+unread and changes what is asked (a video, a picture under another key, a place for one) is a UserError.
 """
 
 import json
@@ -29,12 +28,11 @@ IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a lis
 FILES = ("file_name", "filename", "path")  # likewise, if they end as images do
 UNREAD = ".tif .tiff .heic .avif .svg .mp4 .avi .mov .mkv .webm .wav .mp3"
 MEDIA_ENDINGS = (*ENDINGS, *UNREAD.split())
-MEDIA = re.compile(r"(?i)(image|img|picture|photo|video|audio)s?_?"
-                   r"(path|file|name|url|list|[0-9]{1,3})?s?")
+MEDIA = re.compile(r"(?i)(image|img|picture|photo|video|audio)s?_?(path|file|name|url|list|[0-9]{1,3})?s?")
 PLACE = re.compile(r"<(?:video|audio|bbox|ref-object|ref|box|quad|img|image_?\d{1,3}|ImageHere)>")
 SPEAKS = re.compile(r"(?i)<image>|\b(?:image|picture|photo|figure|diagram)s?\b")
-CLOSING = re.compile(r"(?i)(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final "
-                     r"|correct )?answer is)\s*(?:option )?([^\s.][^\n]*?)\.?\s*$")
+CLOSING = re.compile(r"(?i)(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final |correct )?"
+                     r"answer is)\s*(?:option )?([^\s.][^\n]*?)\.?\s*$")
 
 
 # ---- A data directory ----
@@ -49,9 +47,9 @@ def form_of(name: str) -> str:
 def find_files(data_dir) -> dict:
     """A task directory: {"train": {form: path}, "test": {split: (form, path)}, "questions": path}.
 
-    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl or .json
-    file or a folder of them, and test splits test/**/*.jsonl and train/**/*_test.jsonl;
-    SFT_data/reject or questions.jsonl. None where there is none; UserError where there is nothing.
+    In `data_dir/grpo_data` or `data_dir`: train/{binary|judge,choice,open}, each a .jsonl or .json file or a
+    folder of them, and test splits test/**/*.jsonl and train/**/*_test.jsonl; SFT_data/reject or
+    questions.jsonl. None where there is none; UserError where there is nothing.
     """
     root, train, test = Path(data_dir), dict.fromkeys(("binary", "choice", "open")), {}
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
@@ -66,9 +64,9 @@ def find_files(data_dir) -> dict:
     places = (root / "SFT_data" / "reject", root / "questions.jsonl")
     questions = next(filter(os.path.exists, places), None)
     if not (any(train.values()) or test or questions):
-        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for "
-                        "train/binary.jsonl (or judge, choice, open) and test/*.jsonl, for "
-                        "SFT_data/reject/*.jsonl and for questions.jsonl.")
+        raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or "
+                        "judge, choice, open) and test/*.jsonl, for SFT_data/reject/*.jsonl and for "
+                        "questions.jsonl.")
     return {"train": train, "test": test, "questions": questions}
 
 
@@ -82,12 +80,12 @@ def declared_tasks(text, known) -> dict:
 
     "math RefGTA=detection" -> {"": "math", "refgta": "detection"}. UserError unless one of `known`.
     """
-    declared, text = {}, text if isinstance(text, str) else " ".join(text or ())
-    for word in re.split(r"[\s,]+", text):
+    declared = {}
+    for word in re.split(r"[\s,]+", text if isinstance(text, str) else " ".join(text or ())):
         name, _, task = word.rpartition("=")
         if word and (task not in known or name.lower() in declared):
-            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders that "
-                            f"begin with NAME, said once; TASK is one of {', '.join(known)}.")
+            raise UserError(f"--task: {word!r} is not TASK, or NAME=TASK for files or folders that begin "
+                            f"with NAME, said once; TASK is one of {', '.join(known)}.")
         declared |= {name.lower(): task} if word else {}
     return declared
 
@@ -101,9 +99,8 @@ def file_key(declared, file) -> str:
 
 def row_task(row: dict, file, declared: dict, chat_task=None):
     """A row's own task, else its file's, else a chat's `chat_task`, else that of all others."""
-    if key := file_key(declared, file):
-        return row["task"] or declared[key]
-    return row["task"] or row["chat"] and chat_task or declared.get("")
+    named = declared[key] if (key := file_key(declared, file)) else None
+    return row["task"] or named or row["chat"] and chat_task or declared.get("")
 
 
 def check_names(declared, paths) -> None:
@@ -119,8 +116,8 @@ def check_names(declared, paths) -> None:
 def read_rows(path) -> list[tuple]:
     """[("file:line", row, or a UserError for a broken one)] of a file, or of a folder but `*_test`.
 
-    A file holds JSON values, each beginning a line; one list of objects; or one object of objects
-    (then the number of the object stands for the line).
+    A file holds JSON values, each beginning a line; one list of objects; or one object of objects (then the
+    number of the object stands for the line).
     """
     files = [file for file in json_files(path) if not file.stem.endswith("_test")]
     files = files if Path(path).is_dir() else [Path(path)]
@@ -135,19 +132,35 @@ def file_rows(file) -> list[tuple]:
         text = file.read_text("utf-8-sig")  # any line ends
     except (OSError, UnicodeError) as error:
         raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
-    lines = enumerate(text.split("\n"), 1)
-    rows = json_values(text) or [(n, parsed(line)) for n, line in lines if line.strip()]
+    rows = json_values(text) or [(n, parsed(x)) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
     whole = rows[0][1] if len(rows) == 1 else None
     if isinstance(whole, dict) and not {*PROBLEMS, *TURNS} & {*whole}:
         if {"images", "annotations"} <= {*whole}:
-            raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with "
-                            "python -m tools.convert.")
-        lists = [v for v in whole.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+            raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with python -m "
+                            "tools.convert.")
+        values = list(whole.values())
+        lists = [value for value in values if isinstance(value, list) and isinstance((value or [0])[0], dict)]
         if len(lists) == 1:  # {"version": 1, "data": [rows]}
             whole = lists[0]
-        elif all(isinstance(value, dict) for value in whole.values()):
-            whole = list(whole.values())
+        elif all(isinstance(value, dict) for value in values):
+            whole = values
     return list(enumerate(whole, 1)) if isinstance(whole, list) else rows
+
+
+def json_values(text: str) -> list[tuple]:
+    """[(line it starts on, value)] of JSON values, each beginning a line; [] for any other text."""
+    decoder, found, end, line = json.JSONDecoder(), [], 0, 1
+    try:
+        while start := re.compile(r"\S").search(text, end):
+            skipped, begin = text.count("\n", end, start.start()), start.start()
+            if found and not skipped:
+                return []
+            value, end = decoder.raw_decode(text, begin)
+            found.append((line + skipped, value))
+            line += skipped + text.count("\n", begin, end)
+    except (ValueError, RecursionError):
+        return []
+    return found
 
 
 def parsed(line: str):
@@ -158,36 +171,20 @@ def parsed(line: str):
         return UserError(f"broken JSON ({error}).")
 
 
-def json_values(text: str) -> list[tuple]:
-    """[(line it starts on, value)] of JSON values, each beginning a line; [] for any other text."""
-    decoder, found, end, line = json.JSONDecoder(), [], 0, 1
-    while start := re.compile(r"\S").search(text, end):
-        skipped = text.count("\n", end, start.start())
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            return []
-        if found and not skipped:
-            return []
-        found.append((line + skipped, value))
-        line += skipped + text.count("\n", start.start(), end)
-    return found
-
-
 def usable_rows(path, results, convention: str, skip: bool) -> list:
     """The values among `results` of a file, [("file:line", value or UserError)].
 
-    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole
-    seems to mean something else, as the sentence `convention` says.
+    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole seems to
+    mean something else, as the sentence `convention` says.
     """
     usable = [value for _, value in results if not isinstance(value, UserError)]
     errors = [f"{where}: {error}" for where, error in results if isinstance(error, UserError)]
     if not results:
         raise UserError(f"{path} holds no rows.")
     if errors and (convention or not skip or not usable):
-        raise UserError("\n".join([
-            f"{path}: {len(errors)} of {len(results)} rows cannot be used.", *first(errors),
-            convention or "Correct these rows, or drop them with --skip_bad_rows."]))
+        head = f"{path}: {len(errors)} of {len(results)} rows cannot be used."
+        tail = convention or "Correct these rows, or drop them with --skip_bad_rows."
+        raise UserError("\n".join([head, *first(errors), tail]))
     if errors:
         say(f"{path}: dropped {len(errors)} of {len(results)} rows, the first {errors[0]}")
     return usable
@@ -219,8 +216,8 @@ def one_row(row) -> dict:
     spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
     alternating = (["user", "assistant"] * len(spoken))[:len(spoken)]
     if spoken in ([], ["assistant"]) or spoken != alternating or not all(text for _, text in turns):
-        raise UserError("its turns must alternate user and assistant, none empty, and end with the "
-                        'reference answer, or with a question whose "solution" stands beside.')
+        raise UserError("its turns must alternate user and assistant, none empty, and end with the reference "
+                        'answer, or with a question whose "solution" stands beside.')
     chat = answered = spoken[-1] == "assistant"
     if not answered or any(row.get(name) is not None for name in SOLUTIONS[:3]):
         chat, solution = False, text_of(row, SOLUTIONS)
@@ -231,9 +228,9 @@ def one_row(row) -> dict:
     task, form = row.get("task"), row.get("form")
     if not isinstance(task, str | None) or not isinstance(form, str | None):
         raise UserError(f'its "task" {task!r} or its "form" {form!r} is no name.')
-    return {"problem": problem, "solution": solution.replace("thinking>", "think>"), "chat": chat,
-            "images": image_names(row, names, problem), "history": history, "task": task,
-            "form": form}
+    images, solution = image_names(row, names, problem), solution.replace("thinking>", "think>")
+    return {"problem": problem, "solution": solution, "chat": chat, "images": images, "history": history,
+            "task": task, "form": form}
 
 
 def text_of(row: dict, names) -> str:
@@ -270,8 +267,8 @@ def read_turns(turns, key: str) -> tuple[list, list]:
             text = "".join(read_part(part, names) for part in parts).strip()
             read.append((ROLES[turn.get("role") or turn.get("from")], text))
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'"{key}" must be a list of {{"role" or "from": user, assistant or system, '
-                        '"content" or "value": text, or a list of parts}.') from error
+        raise UserError(f'"{key}" must be a list of {{"role" or "from": user, assistant or system, "content" '
+                        'or "value": text, or a list of parts}.') from error
     return read, names
 
 
@@ -301,8 +298,8 @@ def image_names(row: dict, named: list, problem: str) -> list:
     for key, value in row.items():
         unread = MEDIA.fullmatch(key) or not names and names_media(value)
         if value and key not in given and unread:
-            raise UserError(f'its "{key}" seems to name a picture, a video or a sound, and is not '
-                            f'read; {", ".join(IMAGES)} name images. Rename it, or take it out.')
+            raise UserError(f'its "{key}" seems to name a picture, a video or a sound, and is not read; '
+                            f'{", ".join(IMAGES)} name images. Rename it, or take it out.')
     if not names and any(key in row for key in IMAGES) and SPEAKS.search(problem):
         raise UserError("it speaks of an image that is empty; name it, or take the key out.")
     return names

@@ -12,7 +12,7 @@ from transformers import (
     GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
-SPECIAL = [f"<|{name}|>" for name in (
+SPECIAL_TOKENS = [f"<|{name}|>" for name in (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
     "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")]      # in Qwen's order
 
@@ -50,10 +50,10 @@ def byte_bpe(texts, vocab_size, split=SPLIT, **training) -> Tokenizer:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, Qwen's split and special tokens, these at the end; `<think>` is several ordinary tokens."""
     bpe = byte_bpe(CORPUS, 340)
-    bpe.add_special_tokens(SPECIAL)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
     bpe.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=SPECIAL)
+                                        additional_special_tokens=SPECIAL_TOKENS)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

@@ -10,7 +10,7 @@ from support.answers import BOX, parse_letters, truth_of
 from support.numbers import elements, parse_number
 from support.words import say
 
-NUMBERS = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
+NUMBER_LIST = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
 CONVERT = "`python -m tools.convert rows FILE --boxes"
 
 
@@ -23,38 +23,36 @@ def box_convention(boxes) -> str:
     turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
     sized = all(0 <= box[n] <= size[n] + 1 - box[n + 2] for box, size in boxes for n in (0, 1))
     if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, "
-                f"width, height], which they seem to be. {CONVERT} xywh` writes corners.")
-    if beyond and beyond >= 0.1 * len(boxes) and all(
-            0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
-        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: "
-                f"they seem to be thousandths of it. {CONVERT} thousandths` writes pixels.")
+        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, width, "
+                f"height], which they seem to be. {CONVERT} xywh` writes corners.")
+    if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
+        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: they seem "
+                f"to be thousandths of it. {CONVERT} thousandths` writes pixels.")
     return ""
 
 
 def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
     """Sentences about the examples of one file and its boxes, [(box, image size), ..].
 
-    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are
-    places in an image, which are converted to the pixels that the model sees.
+    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are places in
+    an image, which are converted to the pixels that the model sees.
     """
     wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
     others = [e for e in examples if e.images and e.task not in placed]
     asked = [e.where for e in others if any(not mark for mark, *_ in BOX.findall(e.problem))]
-    answered = [e.where for e in others if e.form == "open" and NUMBERS.search(truth_of(e))]
+    answered = [e.where for e in others if e.form == "open" and NUMBER_LIST.search(truth_of(e))]
     sentences = [
         (len(wide) >= 20 and 800 < max(wide) <= 1000,
-         f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are "
-         f"thousandths of the image, {CONVERT} thousandths` writes pixels"),
+         f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths "
+         f"of the image, {CONVERT} thousandths` writes pixels"),
         (twice, f"{twice} of {len(examples)} rows are there more than once"),
-        (elsewhere, f"{len(elsewhere)} images are named by paths of another machine, and found by "
-         "their ends"),
-        (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the "
-         f'first {asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
-        (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the "
-         f"first {answered[:1]}; if they are places in the image, give the task's record one, or "
-         "they stay in pixels that the model does not see")]
+        (elsewhere, f"{len(elsewhere)} images are found by the ends of paths of another machine"),
+        (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the first "
+                f'{asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
+        (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the first "
+                   f"{answered[:1]}; if they are places in the image, give the task's record one, or they "
+                   "stay in pixels that the model does not see")]
     return [sentence for sign, sentence in sentences if sign]
 
 
@@ -65,11 +63,12 @@ def between(train, tests) -> list[str]:
     for split in dict.fromkeys(example.split for example in tests):
         rows = [example for example in tests if example.split == split]
         images = {image for example in rows for image in example.images}
-        if known := sum(same(example) in seen for example in rows):
-            found.append(f"test {split}: {known} of {len(rows)} rows are training rows")
-        if known := sum(family(image) in shown for image in images):
-            found.append(f"test {split}: {known} of {len(images)} images, or versions of them, are "
-                         "training images")
+        doubled, known = sum(same(e) in seen for e in rows), sum(family(image) in shown for image in images)
+        if doubled:
+            found.append(f"test {split}: {doubled} of {len(rows)} rows are training rows")
+        if known:
+            found.append(f"test {split}: {known} of {len(images)} images, or versions of them, are training "
+                         "images")
     return found
 
 
@@ -106,26 +105,25 @@ class Watch:
     def signs(self, row):
         """(reason, sentence) of each sign in the last rows."""
         if row["logp_gap"] > self.rounding:
-            yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-"
-                          f"probabilities are {row['logp_gap']:.2g} apart, far above rounding: the "
-                          "generator samples another distribution than the one that is trained (a "
-                          "repetition penalty, top_p, another temperature, old weights)")
+            yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities "
+                          f"are {row['logp_gap']:.2g} apart, far above rounding: the generator samples "
+                          "another distribution than the one that is trained (a repetition penalty, top_p, "
+                          "another temperature, old weights)")
         if len(self.rows) < self.STEPS:
             return
         reward, truncated, equal = (sum(row[name] for row in self.rows) / self.STEPS
                                     for name in ("reward", "truncated", "equal_groups"))
         last = f"{row['stage']}, the last {self.STEPS} steps:"
         if truncated > 0.5:
-            yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their "
-                                "end; raise --max_completion_length, or train a terser model")
+            yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their end; raise "
+                                "--max_completion_length, or train a terser model")
         if reward == 0:
-            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at "
-                             "samples.jsonl, and begin with an easier form or with a model that "
-                             "answers in the format")
+            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at samples.jsonl, and "
+                             "begin with an easier form or with a model that answers in the format")
         elif equal > 0.9:
-            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which "
-                            "teaches nothing; ask harder questions if they are all right, else "
-                            "easier ones, or raise --num_generations or --temperature")
+            yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which teaches "
+                            "nothing; ask harder questions if they are all right, else easier ones, or raise "
+                            "--num_generations or --temperature")
 
 
 def same(example) -> tuple:
@@ -139,12 +137,12 @@ def family(image) -> str:
 
 
 def text_only_truths(truths) -> list[str]:
-    """Of math truths those that only the same text equals, though they hold a number or a formula.
-
-    "10 people or 12", "x \\\\in A"; but not "20/3", "(1, 2)", "B", "isosceles".
+    """Of math truths those that only the same text equals, though they hold a number or a formula: "10 or 12",
+    "x \\\\in A", but not "20/3", "(1, 2)", "B", "isosceles"; and pairs that are read as one number: "90,180".
     """
     def read(truth):
         parts = elements(truth)
         numbers = parts and all(map(parse_number, parts[1]))
         return numbers or parse_number(truth) is not None or parse_letters(truth)
-    return [truth for truth in truths if re.search(r"[\\0-9]", truth) and not read(truth)]
+    return [truth for truth in truths if len(truth) > 600 or re.fullmatch(r"\d{2,3},\d{3}", truth)
+            or re.search(r"[\\0-9]", truth) and not read(truth)]

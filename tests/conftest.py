@@ -3,6 +3,7 @@
 import pytest
 
 import currreft
+from data import Processor
 from runs import letters
 from support.tiny import tiny_checkpoint, tiny_data
 
@@ -16,6 +17,12 @@ def base(tmp_path_factory):
     """(checkpoint, data directory), for reading alone."""
     path = tmp_path_factory.mktemp("base")
     return tiny_checkpoint(path / "model"), tiny_data(path / "data")
+
+
+@pytest.fixture(scope="session")
+def processor(base):
+    """The tokenizer and image processor of the checkpoint."""
+    return Processor.from_pretrained(base[0])
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ import torch
 import transformers
 
 import currreft
+from data import load_examples
 from support.files import digest
+from support.tiny import write_jsonl
 
 HERE = Path(__file__).parent
 SMALL = ["--prompts_per_step", "2", "--num_generations", "4", "--max_completion_length", "12", "--sft_batch", "2",
@@ -41,7 +43,7 @@ def outcome(out):
     """All that a finished run has to show for itself, times aside."""
     kept = sorted(out.glob("rejected-*.jsonl"))
     return {"metrics": metrics(out), "results": json.loads((out / "results.json").read_text())["rows"],
-            "samples": (out / "samples.jsonl").read_text(), "kept": [file.read_text() for file in kept],
+            "samples": (out / "samples.jsonl").read_text() if (out / "samples.jsonl").exists() else "", "kept": [file.read_text() for file in kept],
             **{str(file.relative_to(out)): digest(file) for file in out.glob("stages/*/model.safetensors")}}
 
 
@@ -149,3 +151,8 @@ def launch(folder, arguments, ranks=1, kill=""):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, said
+
+
+def load_rows(folder, *rows, **options):
+    """The examples of a file of these rows in a folder."""
+    return load_examples(write_jsonl(Path(folder) / "rows.jsonl", rows), **options)

@@ -1,154 +1,170 @@
-r"""Readers by table: what pays and what must not, by kind. Each kind was paid or refused wrongly by somebody's grader."""
+"""Readers by table: what pays and what must not. Somebody's grader had each of the kinds wrong."""
 
 import itertools
 import random
-import time
+import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
-from support import answers
 from support.answers import (
     assignment, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict, undress)
 from support.numbers import elements, normalize, parse_number, same_math
 
+RIGHT = r"""
+12 <- 12.0 | $12$ | $x = 12$ | +12 | 24/2
+12 <- \frac{24}{2} | S_1 = 12 | m\angle ABC = 12 | 12 kg | 12 s
+12 <- １２ | \boxed{\!\, 12 \;} | 5 + 7 = 12 | $\sqrt{144} = 12$ | |AB| = 12 | f(x)=12 | A:B=12 | {12}
+-3 <- −3 | - 3 | -\frac{6}{2} ;; 1234 <- 1,234 | 1{,}234 | 1\,234 | 1234.0 | 1,\!234
+30 <- \( 30 \) | $$30$$ | \(\boxed{30}\) | **30** | \boxed{\text{30}} | 30 cm^2 | $30
+0.5 <- \frac12 | \tfrac12 | \frac1{2} | ½ | 1⁄2 | \dfrac { 1 } { 2 } | 50% | 1/2 | \frac{1}2
+\frac{1}{3} <- 1/3 | 0.33 | .333 | \frac{2}{6} | \dfrac{1}{3}
+\frac { 20 } { 3 } <- \frac{20}{3} | 20 / 3 | 6.67 ;; 1.75 <- 1 3/4 | 1\frac{3}{4} | 7/4 | 1¾
+50% <- 50 percent | 50\% | 0.5 | 50
+2\sqrt{3} <- 2√3 | 2*sqrt(3) | 2\cdot\sqrt{3} | \sqrt{12}
+2\sqrt{3} <- \frac{6}{\sqrt{3}} | 3.46 | 3.464 | √3 * 2
+\frac{\sqrt{3}}{2} <- √3/2 | \frac{3}{2\sqrt{3}} | \frac{1}{2}\sqrt{3} | \frac{\sqrt{3}}2 | 0.87
+12\pi <- 12π | 12 pi | 12 \pi \text{ cm}^2 | 37.70
+2√{2}-2 <- 2√2 - 2 | -2+2√2 | 0.83 | 2(\sqrt{2} - 1)
+2500 <- 2.5e3 | 2.5E+3 | 2.5 \times 10^{3} | 25 × 10² ;; 0.0025 <- 2.5e-3 ;; 1e5 <- 100,000 | 10^5
+6.63 \times 10^{-34} <- 6.63e-34 ;; 10米 <- 10 | 10 m | 10 meters | 10.0
+(√{3}+1)小时 <- √3 + 1 | 1+\sqrt{3} | 2.73 | (√3+1) hours ;; 16π平方米 <- 16π | 16\pi m^2
+15海里 <- 15 | 15 nautical miles ;; 900 毫升 <- 900 mL ;; 20 J <- 20 | 20J
+37°C <- 37 | 37℃ | 37^\circ\mathrm{C} ;; 100 kPa <- 100 ;; 5 \mathrm{~cm} <- 5 | 5cm | 5 centimeters
+60*\degree <- 60 | 60^\circ | 60 ∘ | 60º | 60 degrees
+12 cm^2 <- 12 square centimeters | 12 cm² | 12 \text{ cm}^{2} | 12 sq cm | 12 square units | 12
+4cm^2^ <- 4 cm² ;; $5 <- 5 | \$5 | 5 dollars ;; 2:3 <- 2 : 3 | 2∶3
+B <- \boxed{B} | $B$ | (b) | "B" | B. | Option B | B. 12 cm | Ｂ
+A, C <- C, A | A and C | (a), (c) | AC | A、C ;; (1,234) <- (1, 234)
+(1/2, 3) <- (0.5, 3) | \left(\frac12, 3.0\right) | ( 0.50 , 3 ) | (x, y) = (1/2, 3)
+[90,180] <- [90, 180] ;; \left( 3, \theta \right) <- (3, θ) ;; {1, 2} <- {2,1} | \{1, 2\} | 1, 2
+[1, 2, 3] <- 1, 2, 3 ;; 1, 2 <- 1,2 | 1 and 2 | $1$ and $2$ | x = 1, y = 2
+AB=3, BC=4 <- BC = 4, AB = 3 | 3, 4
+\begin{pmatrix}1&\frac12\\0&4\end{pmatrix} <- \begin{bmatrix} 1 & 0.5 \\ 0 & 4 \end{bmatrix}
+x + 1 <- 1+x | $x+1$ ;; y = 2x + 1 <- y=1+2x ;; 2*x <- 2x ;; a/b <- \frac{a}{b}
+x \in [-2,5] <- x ∈ [-2,5] ;; x \leqslant 5 <- x<=5 | x ≤ 5 ;; \sin \theta <- sin θ
+\sqrt{3}x \approx 17.3 <- 17.3 ;; 10\sqrt{3} \approx 17.3 <- 10√3 | 17.3 | x = 17.32
+isosceles <- Isosceles | \text{isosceles}. | isosceles。
+"""
+WRONG = r"""
+12 <- 13 | 112 | 12 13 | 1, 2 | -12 | 11.9999 | 12.004 | 7 + 5 | 3 * 4 | 2(6) | 24/1/2 | (10)+2
+12 <- \frac{10+2}{1} | 12 or 13 | 12, 13 | 11 < 12 | x = 13 | 12x | 12 + x | x + 12 | 12^2 | 1e1 | ²
+12 <- x = 11, x = 12 | ≈ 12 | 12? | 12 (or 13) | not = 12
+12 <- ~12 | x =~ 12 | ١٢ | Ⅻ | twelve | 2x = 12
+12 <- 5 + 7 = 13 | 13 = 12 | 6 + 6 | 12 or so | 12e1 | 10⁄2
+5 <- ٥ | 5² | 15 | 5 5 | five | 5/0 | 5! | 5? | 5.5
+1234 <- 1, 234 | 12,34 | 1 234 | 1,2345 | 1.234 ;; 0.5 <- 0.51 | 5% | 50 | 2
+\frac{1}{3} <- 0.3 | 0.34 | 0.334 | 1/33 ;; \frac{1}{400} <- 0.00 | 0.01 | 0.003
+6.63 \times 10^{-34} <- 0.00 | 6.63 ;; 10^{-3} <- 0.00 ;; 3.14 <- 3.1 | 3.142 | π
+1.75 <- 13/4 | 1 4/3 | 1 3 / 4 / 1 ;; \frac{1}{25} <- \frac{1}{2}5 | \frac125 ;; √{12} <- √{1}2
+\frac{\sqrt{3}}{2} <- 1/2√3 | 3/2√3 ;; 1000 <- 10^{-3} | 10^3^1 | 3^10 ;; 3 million <- 3 | 3 billion
+3万 <- 3 ;; 30 <- 30 rad | 30 km^3 | 30 m/s | 30 bananas | 30 x | 30 cubic units
+5 cm <- 5 m | 5 cm^2 | 5 kg ;; 100 kPa <- 100 Pa ;; 12 cm^2 <- 12 cm | 12 cm^3 ;; $5 <- 5 € | 5 yuan
+5 M <- 5 m ;; e <- E ;; x^2 + 1 <- X^2 + 1 | x2+1 ;; (A, B) <- (a, b)
+B <- A | B or C | B. dog, C. cat | \boxed{A} \boxed{B} | β | E'
+A, C <- A | A, B | A, C, D | A or C ;; a/b <- b/a | a, b | ab
+(a, b) <- (b, a) | [a, b] | a, b | {a, b} ;; [a,b) <- (a,b] | [a,b]
+[90,180] <- 90180 | 180 | [90180] ;; [0,180] <- 180 | 0180 ;; (1,234) <- 1234 | {1,234}
+{1, 2} <- {1} | {1, 2, 2} | {1, 3} | (1, 2) ;; [x, x + 1] <- [x + 1, x] | x, x + 1
+BC=4, AB=3 <- 3, 4 ;; AB=3, BC=4 <- BC=3, AB=4 | AC=3, BC=4 | {AB=4, BC=3}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} <- \begin{pmatrix}1&2\\3&5\end{pmatrix}
+x - 1 > y <- x > y - 1 ;; a - b <- b - a ;; \sin(x)=\frac{1}{2} <- \cos(x)=\frac{1}{2}
+x^12 <- x^{1}2
+"""
 
-@pytest.mark.parametrize("kind, truth, wrong", [
-    ("order and brackets", "a/b", ["b/a", "a, b", "ab"]), ("order and brackets", "a:b", ["b:a"]),
-    ("order and brackets", "(a, b)", ["(b, a)", "[a, b]", "a, b", "{a, b}"]), ("order and brackets", "[a,b)", ["(a,b]", "[a,b]"]),
-    ("order and brackets", "(1, 2)", ["(2, 1)", "{1, 2}", "(1, 2, 3)", "12"]), ("order and brackets", "A.B", ["B.A", "B, A"]),
-    ("factorials", "5!", ["5", "120"]), ("factorials", "5", ["5!", "5?"]), ("factorials", "n!", ["n"]),
-    ("glued factors", r"\sqrt{35}", [r"\sqrt{3}5", "√3 5"]), ("glued factors", r"\frac{1}{25}", [r"\frac{1}{2}5", r"\frac125"]),
-    ("glued factors", "√{12}", ["√{1}2"]), ("glued factors", "35", ["3 5", "3.5", r"\frac{3}{5}"]),
-    ("two readings", r"\frac{\sqrt{3}}{2}", ["1/2√3", "1/2 √3", "3/2√3"]), ("two readings", r"\frac{1}{2\sqrt{3}}", ["1/2√3"]),
-    ("units", "30", ["30 rad", "30 km^3", "30 m/s", "30 kg", "30 bananas", "30 x", "30 cm^3"]),
-    ("units", "5 cm", ["5 m", "5 cm^2", "5 kg"]), ("units", "12 cm^2", ["12 cm", "12 cm^3"]), ("units", "10米", ["10 cm", "11"]),
-    ("case of symbols", "5 M", ["5 m"]), ("case of symbols", "R", ["r"]), ("case of symbols", "e", ["E"]),
-    ("case of symbols", "x^2 + 1", ["X^2 + 1"]), ("case of symbols", "AB", ["ab"]),
-    ("left to calculate", "12", ["7 + 5", "3 * 4", "2(6)", r"6 \times 2", "15 - 3", "24/1/2", "(10)+2", r"\frac{10+2}{1}"]),
-    ("hedges", "12", ["12 or 13", "12, 13", "11 < 12", "12 = 12", "x = 11, x = 12", "≈ 12", "12?", "12 (or 13)"]),
-    ("variables", "12", ["12x", "12 + x", "x + 12"]), ("variables", "12x", ["12"]),
-    ("other scripts", "12", ["１２", "١٢", "²", "Ⅻ", "twelve"]), ("rounding", r"\frac{1}{3}", ["0.3", "0.34", "0.334"]),
-    ("rounding", "3.14", ["3.1", "3.142", "π"]), ("mixed", "1.75", ["13/4", "1 4/3", "1 3 / 4 / 1"]),
-    ("number words", "3 million", ["3", "3 billion"]), ("number words", "5 thirds", ["5"]),
-    ("number words", "3万", ["3", "3万米"]),
-    ("number words", "5 factorial", ["5"]), ("glued factors", "x^12", [r"x^{1}2", r"x^{1}{2}"]),
-    ("glued factors", "√35x", [r"\sqrt{3}5x"]), ("case of symbols", "(A, B)", ["(a, b)"]), ("case of symbols", "π", [r"\Pi"]),
-    ("units", "12 cm^2", ["12 cubic units", "12 units^3"]), ("units", "30", ["30 cubic units"]),
-    ("money", "$5", ["5 €", "5 yuan"]), ("money", "€5", ["$5", r"\$5"]), ("pairs", "(1,234)", ["1234"]),
-    ("hedges", "3", ["not = 3", "no = 3", "~3", "x =~ 3"]), ("powers", "12", ["1e1", "12e1", "1e12"]),
-    ("powers", "1000", ["10^2", "10^{-3}", "10^3^1", "3^10"]), ("sets of letters", "A, C", ["A", "AC", "A, B", "A, C, D", "(A, C)", "A or C"]), ("sets", "{1, 2}", ["{1}", "{1, 2, 2}", "{1, 3}"])])
-def test_wrong_answers_are_not_paid(kind, truth, wrong):
-    assert {answer: same_math(answer, truth) for answer in wrong} == dict.fromkeys(wrong, False)
+
+def rows(table):
+    return [row.partition(" <- ")[::2] for row in re.split(" ;; |\n", table.strip())]
 
 
-@pytest.mark.parametrize("kind, truth, right", [
-    ("Chinese units", "10米", ["10", "10.0", "10 m", "10 meters", "10米"]), ("Chinese units", "40海里", ["40"]),
-    ("Chinese units", "(√{3}+1)小时", ["√3 + 1", r"1+\sqrt{3}", "2.73", "(√3+1) hours"]), ("Chinese units", "16π平方米", ["16π", r"16\pi m^2"]),
-    ("spaces in LaTeX", r"\frac { 20 } { 3 }", [r"\frac{20}{3}", "20/3", "20 / 3", "6.67"]),
-    ("spaces in LaTeX", r"10 \sqrt { 3 }", ["10√3", r"10 * \sqrt{3}", "17.32"]),
-    ("spelled units", "0.5cm2", ["0.5", "0.5 cm^2", "0.5 square centimeters"]), ("spelled units", "4cm^2^", ["4", "4 cm²"]),
-    ("spelled units", r"60*\degree", ["60", "60°", r"60^\circ", "60 ∘", "60º", "60 degrees"]), ("spelled units", "10 weeks", ["10", "10 weeks"]),
-    ("math mode", "30", [r"\( 30 \)", r"\[ 30 \]", "$$30$$", r"\(\boxed{30}\)", r"**30**", r"\boxed{\text{30}}"]),
-    ("short fractions", "0.5", [r"\frac12", r"\tfrac12", r"\cfrac{1}{2}", r"\frac1{2}", "½", "1/2", r"\dfrac { 1 } { 2 }"]),
-    ("products", "5√{2}", ["5·√2", "5 × √2", r"5\cdot\sqrt{2}", r"5\times \sqrt 2", "√50", "√2 * 5"]),
-    ("pairs", "(1,234)", ["(1, 234)"]), ("spelled units", "10 months", ["10"]), ("money", "$5", ["5", "$5", r"\$5", "5 dollars"]),
-    ("units", "5 square units", ["5", "5 cm^2"]),
-    ("powers", "2500", ["2.5e3", "2.5E+3", "25e2"]), ("powers", "0.0025", ["2.5e-3"]), ("powers", "1e5", ["100000", "10^5"]),
-    ("powers", "2500", [r"2.5 \times 10^{3}", "2.5*10^3", "25 × 10²"]), ("powers", "100000", ["10^5", r"10^{5}", "100,000"]),
-    ("sums", "2√{2}-2", ["2√2 - 2", "-2+2√2", "0.83", r"2(\sqrt{2} - 1)"]), ("spaces", "3x+2", ["3x + 2", "$3x+2$"]),
-    ("spaces", "2:3", ["2 : 3"]), ("dressed letters", "B", [r"\boxed{B}", "$B$", r"\text{B}", "**B**", "`B`", "(b)", '"B"', "B."]),
-    ("names", "12", ["x = 12", "S_1 = 12", r"m\angle ABC = 12", "∠A = 12°", "+12", "12.0", "24/2"]),
-    ("elements", "(1/2, 3)", ["(0.5, 3)", r"\left(\frac12, 3.0\right)", "( 0.50 , 3 )"]), ("elements", "{1, 2}", ["{2,1}", r"\{1, 2\}"]),
-    ("elements", "[0, 2.5)", ["[0,5/2)"]), ("sets of letters", "A, C", ["C, A", "A and C", "(a), (c)", "C A"]), ("elements", "1, 2", ["1,2", "1 , 2.0"]),
-    ("words", "isosceles", ["Isosceles", r"\text{isosceles}", "isosceles."]), ("money", "5", ["$5", "5 dollars", "€5"]),
-    ("full stop", "7", ["7。", "7.", " 7 ; "]), ("mixed", "1.75", ["1 3/4", r"1\frac{3}{4}", "7/4"])])
-def test_right_answers_are_paid_however_they_are_written(kind, truth, right):
-    assert {answer: same_math(answer, truth) for answer in right} == dict.fromkeys(right, True)
+@pytest.mark.parametrize("paid, table", [(True, RIGHT), (False, WRONG)])
+def test_math(paid, table):
+    assert [(truth, answer) for truth, said in rows(table) for answer in said.split(" | ")
+            if same_math(answer, truth) is not paid] == []
 
 
 def spellings(value, rng):
     """A fraction in some way that people write it."""
     p, q = value.numerator, value.denominator
     digits = len(str(q)) - 1 if set(str(q)) <= set("10") else None
-    forms = [f"{p}/{q}", rf"\frac{{{p}}}{{{q}}}", rf"\dfrac {{ {p} }} {{ {q} }}", f"{2 * p}/{2 * q}"]
+    forms = [f"{p}/{q}", rf"\frac{{{p}}}{{{q}}}", rf"\dfrac {{ {p} }} {{ {q} }}",
+    f"{2 * p}/{2 * q}"]
     forms += [str(p), f"{p}.0", f"{p:,}"] if q == 1 else [f"{p / q:.{digits}f}"] if digits else []
     text = rng.choice(forms)
-    for left, right in rng.sample([("$", "$"), (r"\boxed{", "}"), (r"\( ", r" \)"), ("x = ", ""), (" ", " . "), ("**", "**")], 2):
-        text = left + text + right if not (left == "x = " and text[:1] in r"$\*") else text
-    return text
+    for left, right in rng.sample([("$", "$"), (r"\boxed{", "}"), (r"\( ", r" \)"), (" ", " . ")],
+        2): text = left + text + right
+    return rng.choice(["", "x = "]) + text if text[0].isdigit() else text
 
 
 def test_any_spelling_of_a_value_is_paid_and_none_of_its_neighbours():
     rng = random.Random(0)
-    for _ in range(1500):
+    for _ in range(1000):
         value = Fraction(rng.randint(0, 2000), rng.choice([1, 1, 2, 3, 7, 8, 10, 100]))
-        other = value + rng.choice([-1, 1]) * rng.choice([Fraction(1), Fraction(1, 2), Fraction(1, 7)])
-        truth = rng.choice([str(value), f"{value.numerator}/{value.denominator}"])
-        said, near = spellings(value, rng), spellings(abs(other), rng)
-        assert same_math(said, truth), (said, truth)
-        assert abs(other) == value or not same_math(near, truth), (near, truth)
+        other = abs(value + rng.choice([-1, 1]) * rng.choice([Fraction(1), Fraction(1, 2), Fraction(
+        1, 7)]))
+        said, near = spellings(value, rng), spellings(other, rng)
+        assert same_math(said, str(value)), (said, value)
+        assert other == value or not same_math(near, str(value)), (near, value)
 
 
-def test_roots_and_pi_are_products_of_what_they_say():
-    for a, b, c in itertools.product((1, 2, 3, 10), (2, 3, 5), (1, 2, 3, 4)):
-        truth = rf"\frac{{{a}\sqrt{{{b}}}}}{{{c}}}"
-        for said in (f"{a}√{b}/{c}", rf"\frac{{{a}}}{{{c}}}\sqrt{{{b}}}", f"√{b}*{a}/{c}", f"{a * (b ** 0.5) / c:.2f}"):
-            assert same_math(said, truth), (said, truth)
-        assert not same_math(f"{a}√{b + 1}/{c}", truth) and not same_math(f"{a + 1}√{b}/{c}", truth)
-
-
-@pytest.mark.parametrize("huge", ["*".join(["10^60"] * 6), "π*" + "*".join(["10^60"] * 6), "9" * 119 + "π"])
+@pytest.mark.parametrize("huge", ["*".join(["10^60"] * 6), "π*" + "*".join(["10^60"] * 6),
+"9" * 119 + "π"])
 def test_a_huge_number_neither_raises_nor_equals_anything(huge):
     """Fraction minus float overflowed outside the reader: one sampled answer ended the run."""
     for other in ("√3", "2π", "3", "0.33"):
-        assert not same_math(huge, other) and not same_math(other, huge) and not same_math(f"-{huge}%", other)
+        assert not same_math(huge, other) and not same_math(other, f"-{huge}%")
 
 
 def test_numbers_keep_how_they_were_written():
     assert parse_number("12.50%") == (Fraction(1, 8), 4, "%")
-    assert [parse_number(text).decimals for text in ("7", "7.0", "7/2", "√7", "10^2")] == [0, 1, None, None, None]
-    assert parse_number("3 cm2").unit == "cm^2" and parse_number("3 units").unit == "" and parse_number("3 wolves").unit == "wolves"
+    assert [parse_number(t).decimals for t in ("7", "7.0", "7/2", "√7", "10^2")] == [0, 1, None,
+    None, None]
+    assert [parse_number(t).unit for t in ("3 cm2", "3 units", "3 wolves")] == ["cm^2", "",
+    "wolves"]
+    assert elements("(1,2),(3,4)") == ("", ["(1,2)", "(3,4)"]) and elements("5") is None
+    assert normalize("$3x + 2$.") == normalize("2+3x") != normalize("2-3x")
+    assert undress(r"**$\boxed{B}$**.") == "B" and undress("$1$ and $2$") == "$1$ and $2$"
 
 
 # ---- Letters, verdicts, labels, boxes ----
 
-@pytest.mark.parametrize("text", ["B", "(B)", "b.", r"\boxed{B}", "$B$", r"\text{B}", "**B**", "`B`", '"B"', "'B'", "{B}", "B!", "B。"])
-def test_a_letter_in_any_dress(text):
-    assert parse_letters(text) == {"B"}
+def test_letters_and_verdicts():
+    for text in ("B", "(B)", "b.", r"\boxed{B}", "$B$", r"\text{B}", "**B**", '"B"', "{B}", "B!",
+        "B。"): assert parse_letters(text) == {"B"}, text
+    for text in ("Not B", "B or C", "a dog", "A, not B", "", "()", "ı", "ſ", r"\boxed{A} \boxed{B}",
+        "CAB"): assert parse_letters(text) is None, text
+    for text, verdict in {"**Yes**": 1, '"yes"': 1, "(yes)": 1, r"\boxed{yes}": 1, "Yes。": 1,
+                          "$no$": 0,
+                          "incorrect!": 0, "not yes": None, "yes unless": None, "Is it yes?": None,
+                          "": None, "yes, no": None, "ye s": None, "yes" + " " * 200: None}.items():
+        assert parse_verdict(text) == verdict, text
 
 
-@pytest.mark.parametrize("text", ["AB", "Not B", "B or C", "B. dog", "a dog", "A, not B", "", "()", "ı", "ſ", r"\boxed{A} \boxed{B}"])
-def test_what_is_no_letter_or_several_glued(text):
-    assert parse_letters(text) in (None, set())
+def test_labels():
+    for text in ("dog, cat", "dog; cat", "dog\ncat", "- dog\n- cat", "1. dog\n2. cat",
+                 '["dog", "cat"].', r"\boxed{dog, cat}", "dog，cat。", "dog、cat", "dog, cat, Dog"):
+        assert parse_labels(text) == ["dog", "cat"], text
+    assert parse_labels("3-phase  meter") == ["3-phase meter"] and parse_labels("[]") == []
+    assert parse_labels("dog and cat") == ["dog and cat"]
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("Yes", True), ("**Yes**", True), ('"yes"', True), ("(yes)", True), (r"\boxed{yes}", True), ("Yes。", True), ("$no$", False),
-    ("incorrect!", False), ("TRUE.", True), ("not yes", None), ("yes unless", None), ("yes or no", None), ("Is it yes?", None),
-    ("yes, no", None), ("", None), ("ye s", None)])
-def test_verdicts(text, verdict):
-    assert parse_verdict(text) is verdict
-
-
-@pytest.mark.parametrize("text, labels", [
-    ("dog, cat", ["dog", "cat"]), ("dog; cat", ["dog", "cat"]), ("dog\ncat", ["dog", "cat"]), ("- dog\n- cat", ["dog", "cat"]),
-    ("1. dog\n2. cat", ["dog", "cat"]), ("* dog\n* Dog", ["dog"]), ('["dog", "traffic  light"]', ["dog", "traffic light"]),
-    (r"\boxed{dog, cat}", ["dog", "cat"]), ("dog and cat", ["dog and cat"]), ("dog, cat, Dog", ["dog", "cat"]),
-    ("3-phase meter", ["3-phase meter"]), ("[]", [])])
-def test_labels(text, labels):
-    assert parse_labels(text) == labels
-
-
-@pytest.mark.parametrize("text", ['"no objects"', "no objects", "null", "[]", "None.", "```json\nno objects\n```", "```JSON\n[]\n```",
-                                  "**no objects**"])
-def test_no_objects_in_the_quotes_of_our_own_prompt_and_other_dress(text):
-    assert parse_boxes(text) == []
-
-
-@pytest.mark.parametrize("fence", ["```json\n%s\n```", "```JSON\n%s```", "```%s```", "```python\n%s\n```", "%s"])
-def test_boxes_in_any_fence(fence):
-    assert parse_boxes(fence % '[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]') == [(1, 2, 3, 4)]
+def test_boxes():
+    for text in ('"no objects"', "no objects", "there are no objects.", "null", "[]", "None.",
+                 "**none**",
+                 "```json\nno objects\n```", "```JSON\n[]\n```", "no objects found", "没有", "没有。"):
+        assert parse_boxes(text) == [], text
+    for fence in ("```json\n%s\n```", "```JSON\n%s```", "```%s```", "```python\n%s\n```", "%s",
+        "%s."):
+        assert parse_boxes(fence % '[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]') == [(1, 2, 3, 4)]
+    assert parse_boxes("[[1, 2.5, 3, 4], [5, 6, 7, 8]].") == [(1, 2.5, 3, 4), (5, 6, 7, 8)]
+    for text in ("no objects [1, 2, 3, 4]", "", "dog", "{}", "[1, 2, 3]", "5", '{"bbox_2d": null}',
+                 "[[]]", "[1, 2, 3, 4] or [5, 6, 7, 8]", '["1", "2", "3", "4"]', "[true, 2, 3, 4]",
+                 "[NaN, 2, 3, 4]", "[1, 2, Infinity, 4]", "[1, 2, 1e999, 4]", "[3, 2, 1, 4]",
+                 "[1, 2, 1, 4]",
+                 f"[1, 2, {'9' * 3900}, 4]", "[[1, 2, 3, 4], 5]", str([[1, 2, 3, 4]] * 65)):
+        assert parse_boxes(text) is None, text
 
 
 def test_matching_is_the_best_there_is():
@@ -158,35 +174,13 @@ def test_matching_is_the_best_there_is():
         x, y = rng.random() * 20, rng.random() * 20
         return x, y, x + 1 + rng.random() * 20, y + 1 + rng.random() * 20
     for _ in range(150):
-        few, many = sorted(([box() for _ in range(rng.randint(1, 5))], [box() for _ in range(rng.randint(1, 5))]), key=len)
+        few, many = sorted(([box() for _ in range(rng.randint(1, 5))] for _ in range(2)), key=len)
         best = max(sum(iou(a, many[i]) for a, i in zip(few, order))
                    for order in itertools.permutations(range(len(many)), len(few)))
-        assert matched_iou(few, many) == pytest.approx(best) == pytest.approx(matched_iou(many, few))
-
-
-def test_64_boxes_against_64_are_matched_within_the_bound():
-    """Overlapping boxes took 133 ms by a search over sets; bounded work, so no clock is needed: 64 rows of paths."""
-    boxes = [(i, i, i + 500, i + 500) for i in range(64)]
-    assert matched_iou(boxes, boxes[::-1]) == pytest.approx(64)
-    import numpy as np
+        assert matched_iou(few, many) == pytest.approx(best) == pytest.approx(matched_iou(many,
+        few))
+    assert iou((0, 0, 2, 1), (1, 0, 3, 1)) == pytest.approx(1 / 3) and iou((0, 0, 1, 1), (2, 2, 3,
+    3)) == 0
+    stairs = [(i, i, i + 500, i + 500) for i in range(64)]
+    assert matched_iou(stairs, stairs[::-1]) == pytest.approx(64)
     assert sorted(assignment(np.ones((64, 64))).tolist()) == list(range(64))
-
-
-# ---- Hostile text ----
-
-def test_undress_takes_whole_dresses_only():
-    assert undress(r"**$\boxed{B}$**.") == "B" and undress(r"\boxed{1} \boxed{2}") == r"\boxed{1} \boxed{2}"
-    assert undress("$1$ and $2$") == "$1$ and $2$" and undress("$" * 99) and undress("") == ""
-    assert normalize(r"$X = 5 \text{ cm}^{2}$.") == "X=5 cm^2" and elements("(1,2),(3,4)") == ("", ["(1,2)", "(3,4)"])
-
-
-@pytest.mark.parametrize("piece", ["√1", "\\frac{1}{", "{", "(", "[1,2],", "{{1,2},{3,4}},", "a,", "\\text{a}", "\\boxed{", "10^", "^2",
-                                   "\\frac12", "**", "(1,2),", "9", "9,", "\ud800", "9**", "\\left", "km/h "])
-def test_no_text_is_slow_or_raises(piece):
-    text = (piece * 4000)[:4000]
-    for truth in ("12", "B", "{1,2,3}", "{" + ",".join("{%d,%d}" % (i, i + 1) for i in range(12)) + "}", text):
-        start = time.process_time()
-        assert same_math(text, truth) in (True, False)
-        assert time.process_time() - start < 0.5, (truth, "a hundred times what it takes")
-    for reader in (parse_verdict, parse_letters, parse_labels, parse_boxes, parse_number, normalize, elements, answers.words):
-        reader(text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.ground import Cost, build, compared, in_turn, make_prompt, plain, plain_inputs
+from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs
 from bench.rollouts import beside_vllm, shared_prompts, vllm_pair
 from bench.updates import Turns, full_step, group_update, our_run
 from engine import generate
@@ -28,7 +28,7 @@ SHAPE = {"B": 2, "G": 2, "P": 40, "C": 3}
     ("--prompts", {"once s", "copied / once", "cache ratio"}),
     ("--against=generate", {"engine tok/s", "generate / engine", "greedy tokens alike"})])
 def test_every_table_is_json_with_the_machine(flag, figures, monkeypatch, capsys):
-    monkeypatch.setattr("bench.__main__.SHAPES", [SHAPE])
+    monkeypatch.setattr("bench.__main__.LENGTHS", [SHAPE])
     assert main(["--size", "demo", "--repeats", "1", "--json", flag]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
@@ -49,7 +49,7 @@ def test_costs_are_taken_in_turn_and_compared_by_cpu_seconds_on_a_cpu():
     calls = []
     functions = {"here": lambda: calls.append("here"),
                  "elsewhere": lambda: calls.append("elsewhere") or Cost(9.0, 4.0)}
-    rounds = in_turn(functions, 2)
+    rounds = alternately(functions, 2)
     assert calls == ["here", "elsewhere"] * 3 and rounds[1]["here"].wall < 1
     assert [costs["elsewhere"] for costs in rounds] == [(9.0, 4.0)] * 3
     rounds = [{"a": Cost(50, 50), "b": Cost(1, 1)}] + [{"a": Cost(1, 2), "b": Cost(9, 4)}] * 2

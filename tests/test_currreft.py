@@ -280,6 +280,24 @@ def test_a_flag_of_the_results_changes_them(change, base, baseline, tmp_path, mo
     assert shown(base, tmp_path / "run", monkeypatch, *words) != baseline
 
 
+def test_the_judges_flags_reach_the_judge_before_and_within_phase_2(flags, tmp_path, monkeypatch):
+    class Far(sample.Rules):
+        asked = []
+
+        def __init__(self, url, model):
+            self.name = f"{model} at {url}"
+
+        def probe(self):
+            self.asked.append("probed")
+
+        def __call__(self, completion, example):
+            return 99.0
+    monkeypatch.setattr(currreft, "EndpointJudge", Far)
+    main([*flags, "--out", str(tmp_path / "run"), "--stages", "reject:1", "--judge_url", "http://j", "--judge_model", "m"])
+    kept = [json.loads(line) for line in (tmp_path / "run" / "rejected-1.jsonl").read_text().splitlines()]
+    assert Far.asked and kept and {(row["judge"], row["score"]) for row in kept} == {("m at http://j", 99.0)}
+
+
 def test_every_flag_is_read():
     """The table above has those that change results; the others are in tests of their own, and none is read nowhere."""
     source = "".join(file.read_text() for file in (HERE.parent / "currreft.py", HERE.parent / "data.py",

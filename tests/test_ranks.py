@@ -31,6 +31,7 @@ def test_a_gpu_with_a_driver_too_old_is_a_sentence_and_no_run_on_the_cpu(
     assert join_ranks(1).type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, error, words", [
     ({"RANK": "zero"}, UserError, "RANK.*'zero'"),
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},

@@ -1,26 +1,23 @@
-"""Rewards by table. The name of a test or the comment of a row says which defect it keeps out."""
+"""Rewards and the quality score by table. Names of tests and comments say what is kept out."""
 import inspect
 import math
 import random
+import re
 import string
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
 import rewards
-import rewards as tasks
-from rewards import accuracy_reward, format_reward, is_correct
-from sample import quality_score
-from support import answers
-from support import numbers as numerals
-from support.answers import (
-    extract_answer, iou, matched_iou, parse_boxes, parse_labels, parse_letters, parse_verdict)
-from support.numbers import parse_number
+from rewards import Example, accuracy_reward, format_reward, is_correct
+from sample import KEEP_ABOVE, quality_score
+from support import answers, numbers, reasons
+from support.answers import extract_answer
 
 
-def example(form, task, solution):
-    return SimpleNamespace(form=form, task=task, solution=solution)
+def example(form, task, solution, problem="How many cubes are in the picture?"):
+    return Example(form=form, task=task, solution=solution, problem=problem)
 
 
 def completion(answer, thinking="I look at the picture and think."):
@@ -28,382 +25,341 @@ def completion(answer, thinking="I look at the picture and think."):
 
 
 def accuracy(form, task, truth, answer, **settings):
-    return accuracy_reward(completion(answer), example(form, task, f"<answer>{truth}</answer>"), **settings)
+    return accuracy_reward(completion(answer), example(form, task, truth), **settings)
 
 
 BOX = '{"bbox_2d": [10, 10, 50, 50]}'
-KINDS = [("binary", "math", "yes"), ("choice", "classify", "A, C"), ("open", "classify", "dog, cat"),
-         ("open", "detection", BOX), ("open", "math", "12"), ("open", "math", "B"), ("open", "math", r"\frac{1}{3}"), ("open", "math", r"2\sqrt{3}"),
-         ("open", "general", "The dog is brown.")]
 
-
-# ---- The answer ----
 
 @pytest.mark.parametrize("text, answer", [
-    ("<think>1 + 1</think><answer> 2\n</answer>", "2"),
-    ("<answer></answer>", ""),
-    ("2", None), ("", None), ("<answer>2", None), ("2</answer>", None), ("</answer>2<answer>", None),
-    ("<answer>2</answer><answer>3</answer>", None),                     # two answers, one of them surely right
-    ("<answer><answer>2</answer></answer>", None),
-    ("<answer>2</answer></answer>", None),
+    ("<think>1 + 1</think><answer> 2\n</answer>", "2"), ("<answer></answer>", ""), ("2", None),
+    ("", None), ("<answer>2", None), ("2</answer>", None), ("</answer>2<answer>", None),
+    ("<answer>2</answer><answer>3</answer>", None),         # two answers, one of them surely right
+    ("<answer><answer>2</answer></answer>", None), ("<answer>2</answer></answer>", None),
     ("<think><answer>2</answer></think><answer>3</answer>", None),
-    ("<think>so <answer>2</answer> it is</think>", None),               # a draft is no answer
-    ("<think>so <answer>2</answer>", "2"),                              # an unclosed block costs the format reward only
-    ("<answer>" + "2" * 5000 + "</answer>", None),
-])
+    ("<think>so <answer>2</answer> it is</think>", None),   # a draft is no answer
+    ("<think>so <answer>2</answer>", "2"),                  # unclosed: costs the format reward only
+    ("<answer>" + "2" * 5000 + "</answer>", None)])
 def test_one_answer_or_none(text, answer):
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("solution", ["<answer> 12 </answer>", "<think>7 + 5</think>\n<answer>12</answer>", " 12\n"])
-def test_truth_is_the_answer_part_or_the_whole_solution(solution):
-    assert accuracy_reward(completion("12"), example("open", "math", solution)) == 1.0
-    assert accuracy_reward(completion("7"), example("open", "math", solution)) == 0.0
+def test_truth_is_the_answer_part_or_the_whole_solution():
+    for solution in ("<answer> 12 </answer>", "<think>7</think>\n<answer>12</answer>", " 12\n"):
+        assert accuracy("open", "math", solution, "12") > accuracy("open", "math", solution, "7")
 
 
 # ---- Accuracy ----
 
+PAID = """
+binary math yes <- Yes.  | TRUE | correct! | 是 || no | yes or no | No, that is not correct | yes, no
+binary detection no <- FALSE | incorrect || yes | yes or no | No, that is not correct
+binary math maybe <- || maybe | perhaps
+choice math A <- (A) | a. || B | a dog | () | A or B | A, B
+choice math B <- Option B | 选项B | B. dog | (B) dog || B. dog, C. cat | B. or C | Not B | b dog
+choice math A,C <- C, A | A and C | (a) (c) | AC | ＡＣ | A、C || A, B | A, B, C | CA | A or C | ABCD
+choice math F <- F || B
+choice math I <- I || ı
+open classify dog,cat <- ["Cat", "DOG"]. | cat; dog || [dog cat] | dog and cat
+open classify traffic light <- Traffic  Light. || light | the traffic light | []
+open classify 猫、狗 <- 狗，猫。 || 猫狗
+open math 12 <- \\boxed{12} || 112
+open general The dog is brown. <- the dog is  brown || a bus | !!
+open general -5 <- -5 || 5
+"""
+
+
+def test_accuracy():
+    for row in PAID.strip().splitlines():
+        (form, task, truth), said = row.split(" <- ")[0].split(" ", 2), row.split(" <- ")[1]
+        for part, expected in zip(said.split("||"), (1, 0)):
+            for answer in filter(None, part.strip().split(" | ")):
+                assert accuracy(form, task, truth, answer) == expected, (row, answer)
+    assert accuracy("binary", "math", "yes", "yes" + " " * 200 + "no") == 0, "a text was cut"
+
+
 @pytest.mark.parametrize("form, task, truth, answer, expected", [
-    ("binary", "math", "yes", "Yes. ", 1), ("binary", "detection", "no", "FALSE", 1),
-    ("binary", "math", "True", "correct", 1),
-    ("binary", "math", "no", "yes", 0),
-    ("binary", "math", "yes", "yes or no", 0), ("binary", "math", "no", "yes or no", 0),
-    ("binary", "math", "yes", "No, that is not correct", 0), ("binary", "math", "no", "No, that is not correct", 0),
-    ("binary", "math", "maybe", "perhaps", 0),                          # two unreadable sides are not equal
-    ("binary", "math", "no", "incorrect!", 1), ("binary", "math", "yes", "incorrect", 0),
-    ("choice", "math", "A", "(A)", 1), ("choice", "math", "A", "a.", 1), ("choice", "math", "A", "B", 0),
-    ("choice", "math", "A", "a dog", 0),                                # the article is not option A
-    ("choice", "math", "A, C", "C, A", 1),                              # released code compares strings
-    ("choice", "math", "A, C", "A and C", 1), ("choice", "math", "A, C", "(a) (c)", 1),
-    ("choice", "math", "A, C", "A", 0.2),                               # released code has no partial credit
-    ("choice", "math", "A, C", "A, B", 0), ("choice", "math", "A, C", "A, B, C", 0), ("choice", "math", "A", "A, B", 0),
-    ("choice", "math", "A, B, C", "A, C", 0.2), ("choice", "math", "A, C", "AC", 0),
-    ("choice", "math", "A", "A or B", 0),
-    ("choice", "math", "F", "B", 0), ("choice", "math", "F", "F", 1),   # released code: past E anything is right
-    ("choice", "math", "I", "ı", 0), ("choice", "math", "S", "ſ", 0), ("choice", "math", "A", "()", 0),
-    ("open", "classify", "dog, cat", '["Cat", "DOG"].', 1),             # released code: a bracket scores 0
-    ("open", "classify", "traffic light", "Traffic  Light.", 1), ("open", "classify", "traffic light", "light", 0),
-    ("open", "classify", "dog, cat", "dog", 0.5), ("open", "classify", "dog, cat", "dog, bus", 1 / 3),
-    ("open", "classify", "dog, cat", "dog, dog, dog", 0.5), ("open", "classify", "dog", "the dog", 0),
-    ("open", "classify", "dog", "[]", 0), ("open", "classify", "dog", "hotdog", 0),
-    ("open", "general", "The dog is brown.", "the dog is  brown", 1),
-    ("open", "general", "A red bus.", "a blue bus", 2 / 3),
-    ("open", "general", "the dog bites the man", "the man bites the dog", 0.99),        # equal bags, not equal text
-    ("open", "general", "-5", "5", 0), ("open", "general", "a bus", "no idea", 0), ("open", "general", "bus", "!!", 0),
-])
-def test_accuracy(form, task, truth, answer, expected):
+    ("choice", "math", "A, C", "A", 0.2), ("choice", "math", "A, B, C", "A, C", 0.2),  # released: 0
+    ("open", "classify", "dog, cat", "dog", 0.5), ("open", "classify", "dog, cat", "dog, bus",
+    1 / 3),
+    ("open", "classify", "dog, cat", "dog, dog", 0.5), ("open", "general", "A red bus",
+    "a blue bus", 2 / 3),
+    ("open", "general", "the dog bites the man", "the man bites the dog", 0.99)])
+def test_accuracy_between_right_and_wrong(form, task, truth, answer, expected):
     assert accuracy(form, task, truth, answer) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("truth, right, wrong", [
-    ("12", ["12", "12.0", " 12. ", "$12$", r"\boxed{12}", r"$\boxed{x = 12}$", "x = 12", "12 cm", "+12", "24/2",
-            r"\frac{24}{2}"],
-     ["13", "112", "12 13", "1 2", "1, 2", "-12", "11.9999", "12.004", "5 + 7", "12 or 13", "x = 13", "12x", "12^2",
-      "not 12", r"\boxed{12} or \boxed{13}", "１２", "١٢", "²", "12 or so", "1e1"]),    # any number scored 1.0
-    ("5", ["5", "x_1 = 5"], ["٥", "5²", "15", "5 5", "five", "5, 5", "5/0", "5.5"]),
-    ("-3", ["-3", "−3", "- 3", r"-\frac{6}{2}"], ["3", "--3", "-(3)x"]),
-    ("1234", ["1,234", "1{,}234", r"1\,234", "1234.0"], ["1, 234", "12,34", "1 234", "1,2,3,4", "1,2345", "1.234"]),
-    (r"\frac{1}{3}", ["1/3", r"\dfrac{1}{3}", r"$\frac{2}{6}$", "0.33", ".333"],
-     ["0.3", "0.34", "0.334", "3", "1/4", "13", "1/33"]),
-    (r"\frac{1}{2}", ["0.5", "1/2", "50%", r"50\%", "0.50"], ["0.51", "2", "0.4", "5%"]),
-    ("1.75", [r"1\frac{3}{4}", "1 3/4", "7/4", "1.750"], ["13/4", "1.8", "1.7", "2"]),
-    (r"2\sqrt{3}", ["2√3", "2*sqrt(3)", r"2\cdot\sqrt{3}", r"\sqrt{12}", r"\frac{6}{\sqrt{3}}", "3.46", "3.464"],
-     ["3.5", "3.4", "3.47", "23", r"2\sqrt{2}", "√3", "2", "3.4642"]),
-    (r"\frac{\sqrt{3}}{2}", ["√3/2", r"\frac{3}{2\sqrt{3}}", r"\frac{1}{2}\sqrt{3}", "0.87"],
-     [r"\frac{\sqrt{2}}{3}", "0.9", "32"]),
-    (r"12\pi", ["12π", "12 pi", r"12 \pi \text{ cm}^2", "37.70", "37.699"],
-     ["12", "37.7", "38", "12pie", "π", "37.71"]),
-    ("3.14", ["3.14", "3.140"], ["3.1", "3", "3.142", "π", "3.141", "314"]),
-    ("50%", ["50%", "50 percent", r"50\%", "0.5", "1/2", "50"], ["0.5%", "5", "500", "5%"]),
-    ("0.5", ["50%", "1/2"], ["0.5%", "50"]),
-    ("60^\\circ", ["60", "60°", "60 degrees", r"60^{\circ}", r"m\angle ABC = 60^\circ"], ["6", "60 cm", "600", "30°"]),
-    ("5 cm", ["5", "5cm", r"5\text{ cm}", "5 centimeters"], ["5 km", "5 m", "6 cm", "5 cm^2", "5 bananas"]),
-    ("12 cm^2", ["12 square centimeters", "12 cm²", r"12 \text{ cm}^{2}", "12 sq cm", "12 square units"],
-     ["12 cm", "12 cm^3"]),
-    ("B", ["B", "(b)", "B."], ["A", "B or C", "A, B", "5", "bus", "β"]),
-    ("(3, 4)", ["(3,4)", "( 3, 4 )", r"$\left(3, 4\right)$"], ["(4, 3)", "34", "3", "(3, 4), (4, 3)"]),
-    ("x^2 + 1", ["x^2+1"], ["x^2", "1", "x", "X^2 + 1"]),
-    ("1000000000000001", ["1,000,000,000,000,001"], ["1000000000000002", "1000000000000001.5"]),
-    ("$", [], ["!", "."]),                                              # nothing is not equal to nothing
-])
-def test_math(truth, right, wrong):
-    scores = {answer: accuracy("open", "math", truth, answer) for answer in right + wrong}
-    assert scores == {answer: float(answer in right) for answer in scores}
-
-
-def test_decimals_follow_the_written_truth():
-    assert parse_number("12.50%") == (numerals.Fraction(1, 8), 4, "%")
-    assert [parse_number(text).decimals for text in ("7", "7.0", "7/2", "√7")] == [0, 1, None, None]
-
-
-@pytest.mark.parametrize("text, boxes", [
-    ('{"bbox_2d": [1, 2, 3, 4]}', [(1, 2, 3, 4)]), ("[1, 2.5, 3, 4]", [(1, 2.5, 3, 4)]),
-    ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "dog"}]\n```', [(1, 2, 3, 4)]),
-    ("```[1, 2, 3, 4]```", [(1, 2, 3, 4)]),
-    ("[[1, 2, 3, 4], [5, 6, 7, 8]]", [(1, 2, 3, 4), (5, 6, 7, 8)]),
-    ("No objects.", []), ("there are no objects", []), ("none", []), ("[]", []),
-    ("no objects [1, 2, 3, 4]", None), ("", None), ("dog", None), ("{}", None), ("[1, 2, 3]", None), ("5", None),
-    ("null", []),
-    ("[1, 2, 3, 4] or [5, 6, 7, 8]", None), ('{"bbox_2d": null}', None), ('["1", "2", "3", "4"]', None), ("[[]]", None),
-    ("[true, 2, 3, 4]", None), ("[NaN, 2, 3, 4]", None), ("[1, 2, Infinity, 4]", None), ("[1, 2, 1e999, 4]", None),
-    ("[3, 2, 1, 4]", None), ("[1, 2, 1, 4]", None), (f"[1, 2, {'9' * 3900}, 4]", None), ("[[1, 2, 3, 4], 5]", None),
-    ("[" + ", ".join(["[1, 2, 3, 4]"] * 65) + "]", None),
-])
-def test_boxes(text, boxes):
-    assert parse_boxes(text) == boxes
+    assert not is_correct(completion(answer), example(form, task, truth))
+    if form == "choice":
+        assert accuracy(form, task, truth, answer, partial_credit=0.5) == 0.5
 
 
 @pytest.mark.parametrize("truth, answer, hard, soft", [
-    (BOX, BOX, 1, 1), (BOX, "[10, 10, 50, 50]", 1, 1), (BOX, "[10, 10, 50, 40]", 1, 0.75),
+    (BOX, BOX, 1, 1), (BOX, "[10, 10, 50, 40]", 1, 0.75), (BOX, "[60, 60, 90, 90]", 0, 0),
     (BOX, "[10, 10, 50, 30]", 0, 0.5),                                  # IoU 0.5 is not above 0.5
-    (BOX, "[60, 60, 90, 90]", 0, 0),
     (BOX, "[[10, 10, 50, 50], [60, 60, 90, 90]]", 0, 0.5),              # an extra box costs
     (BOX, "[[10, 10, 50, 50], [10, 10, 50, 50]]", 0, 0.5),              # so does the same box twice
-    ("[[0, 0, 10, 10], [20, 0, 30, 10]]", "[[20, 0, 30, 10], [0, 0, 10, 10]]", 1, 1),
-    ("[[0, 0, 10, 10], [20, 0, 30, 10]]", "[0, 0, 10, 10]", 0, 0.5),
-    ("no objects", "No objects", 1, 1), ("[]", "none", 1, 1), ("no objects", BOX, 0, 0), (BOX, "no objects", 0, 0),
-    ("no objects", "dog", 0, 0), (BOX, "dog", 0, 0), ("dog", "dog", 0, 0),      # two unreadable sides are not equal
-])
+    ("[[0, 0, 9, 9], [20, 0, 29, 9]]", "[[20, 0, 29, 9], [0, 0, 9, 9]]", 1, 1), ("[]", "none", 1,
+    1),
+    ("[[0, 0, 9, 9], [20, 0, 29, 9]]", "[0, 0, 9, 9]", 0, 0.5), ("no objects", "No objects.", 1, 1),
+    ("no objects", BOX, 0, 0), (BOX, "no objects", 0, 0), ("[]", "dog", 0, 0), ("dog", "dog", 0,
+    0)])
 def test_detection(truth, answer, hard, soft):
     assert accuracy("open", "detection", truth, answer) == hard
     assert accuracy("open", "detection", truth, answer, soft_iou=True) == pytest.approx(soft)
 
 
-def test_matching_is_the_best_one_not_the_greedy_one():
-    first, second = (0, 0, 10, 10), (0, 2, 10, 12)
-    both, only_first = (0, 0.8, 10, 10.8), (0, -4, 10, 6)               # greedy: 0.85 + 0.25; best: 0.43 + 0.79
-    expected = iou(first, only_first) + iou(second, both)
-    assert matched_iou([both, only_first], [first, second]) == pytest.approx(expected)
-    assert matched_iou([first, second], [only_first, both]) == pytest.approx(expected)
-    assert expected > iou(first, both) + iou(second, only_first) + 0.1
+def test_the_letter_of_a_listed_option_is_right_where_the_truth_is_its_text():
+    item = example("open", "math", "cotton", "Which is it?\nA. wool\nB. cotton\nC. silk")
+    paid = {text: accuracy_reward(completion(text), item) for text in ("B", "cotton", "A", "B, C")}
+    assert paid == {"B": 1, "cotton": 1, "A": 0, "B, C": 0}
 
 
-def test_letters_and_labels_of_nothing():
-    assert parse_letters("()") is None and parse_letters("and") is None and parse_labels("[]") == []
+def test_format():
+    item = example("open", "math", "b")
+    for text in (completion("b"), " \n<think>a\nb</think>\n <answer>b</answer>\n"):
+        assert format_reward(text, item) == 1
+    for text in ("<think></think><answer></answer>",
+                 "<think> </think><answer>b</answer>",  # released: 1
+                 completion("b") + "<answer>c</answer>", completion(" "), completion("b", "."),
+                 "<answer>b</answer><think>a</think>", "<think>a</think> so <answer>b</answer>",
+                 completion("b") + " done", "well " + completion("b"), "<answer>b</answer>", "",
+                 "<think>a" + completion("b"), "<think>a</think>" + completion("b"),
+                 "</think><think>",
+                 "<think>a <answer>b</answer></think>", "<think>a<answer>b</think></answer>",
+                 completion("<answer>b</answer>"), "<think>a</think>b",
+                 "<think>a</think><answer>b"):
+        assert format_reward(text, item) == 0, text
+    for form, task, answer, expected in (
+            ("binary", "detection", "yes", 1), ("choice", "detection", "B",
+            1),     # released: a box only
+            ("open", "detection", BOX, 1), ("open", "detection", "left", 0), ("open", "classify",
+            "dog", 1)):
+        assert format_reward(completion(answer), example(form, task, "yes")) == expected
 
 
-def test_iou():
-    assert iou((0, 0, 2, 1), (1, 0, 3, 1)) == pytest.approx(1 / 3)
-    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
+# ---- Quality: derivations are kept; copies, assertions, repetitions, contradictions are not ----
+
+SUBJECTS = (            # four numbers -> question, answer, steps in words and in signs
+    lambda a, b, c, d: (
+        f"Mia buys {a} pens at ${b} and {c} mugs at ${d}. How much is left of $999?",
+        999 - a * b - c * d,
+        [(f"The pens cost {a} times {b}, which is {a * b}.", rf"{a} \times {b} = {a * b}"),
+         (f"The mugs cost {c} times {d}, which is {c * d}.", rf"{c} \times {d} = {c * d}"),
+         (f"Together that is {a * b + c * d} dollars.", f"{a * b} + {c * d} = {a * b + c * d}"),
+         (f"She keeps {999 - a * b - c * d}.", f"999 - {a * b + c * d} = {999 - a * b - c * d}")]),
+    lambda a, b, c, d: (
+        f"In triangle ABC, angle A is {20 + a}° and angle B is {20 + b}°. Find angle C.",
+        140 - a - b,
+        [("All angles sum to 180 degrees.", r"\angle A + \angle B + \angle C = 180^\circ"),
+         (f"A and B together are {40 + a + b}.",
+         rf"{20 + a}^\circ + {20 + b}^\circ = {40 + a + b}^\circ"),
+         (f"So C has {140 - a - b} degrees left.", rf"\angle C = {140 - a - b}^\circ")]),
+    lambda a, b, c, d: (
+        f"How many more {'apples figs plums'.split()[a % 3]} than kiwis does the chart show?",
+        30 + a - b,
+        [(f"The bar of {'apples figs plums'.split()[a % 3]} reaches {50 + a}.", f"high: {50 + a}"),
+         (f"That of kiwis ends at {20 + b}.", f"kiwis: {20 + b}"),
+         (f"They differ by {30 + a - b}.", f"{50 + a} - {20 + b} = {30 + a - b}")]),
+    lambda a, b, c, d: (
+        f"Tom is {a} and Lena {b} times as old. How old will Lena be in {c} years?", a * b + c,
+        [(f"Lena is {b} times as old as Tom, that is {a * b}.", f"{b} × {a} = {a * b}"),
+         (f"In {c} years she will be {a * b + c}.", f"{a * b} + {c} = {a * b + c}")]),
+    lambda a, b, c, d: (
+        f"小明买了{a}支铅笔，每支{b}元，又买了{c}个本子，每个{d}元，一共花了多少元？", a * b + c * d,
+        [(f"铅笔要{a}乘{b}等于{a * b}元。", f"{a} × {b} = {a * b}"),
+         (f"本子要{c}乘{d}等于{c * d}元。", f"{c} × {d} = {c * d}"),
+         (f"合起来是{a * b + c * d}元。", f"{a * b} + {c * d} = {a * b + c * d}")]))
+STYLES = {
+    "prose": lambda steps: " ".join(words for words, _ in steps),
+    "lines": lambda steps: "\n".join(words for words, _ in steps),
+    "bullets": lambda steps: "\n".join(f"- {words}" for words, _ in steps),
+    "numbered": lambda steps: "\n".join(f"{n}. {step[0]}" for n, step in enumerate(steps, 1)),
+    "LaTeX": lambda steps: "\n".join(rf"\[ {formula} \]" for _, formula in steps),
+    "signs": lambda steps: "; ".join(f"${formula}$" for _, formula in steps)}
+CLOSINGS = ("", " So the answer is {}.", " Therefore, it must be {}.", " 答案是{}。",
+r" So \boxed{{{}}}.")
+ASSERTIONS = (
+    "Let me think about this question carefully. The answer is {}.", "I see that the answer is {}.",
+    "I looked at the picture and I am sure that the correct answer is {}.", "It is clearly {}.",
+    "We need to find the answer step by step. After careful analysis, the result is {}.",
+    "By inspection, {}.", "让我仔细想一想这个问题，答案是{}。")
+OTHERWISE = {           # question, answer, steps -> what is no derivation
+    "copy": lambda rng, q, a, steps: q + rng.choice(CLOSINGS).format(a),
+    "copied statement": lambda rng, q, a, steps: re.split("[.，]", q)[0] + "." + CLOSINGS[1].format(
+    a), "assertion": lambda rng, q, a, steps: rng.choice(ASSERTIONS).format(a),
+    "said twice": lambda rng, q, a, steps: 2 * (STYLES["prose"](steps) + " "),
+    "a step again": lambda rng, q, a, steps: 4 * (steps[0][0] + " ") + f"It is {a}.",
+    "another ending": lambda rng, q, a, steps: STYLES["prose"](steps) + CLOSINGS[1].format(a + 1),
+    "another result": lambda rng, q, a, steps: STYLES["LaTeX"](steps) + CLOSINGS[4].format(a - 2),
+    "an earlier result": lambda rng, q, a, steps: STYLES["prose"](steps[:-1])}
 
 
-def test_partial_credit_is_a_setting_and_never_correct():
-    assert accuracy("choice", "math", "A, C", "C", partial_credit=0.5) == 0.5
-    assert not is_correct(completion("C"), example("choice", "math", "A, C"))
-    assert is_correct(completion("C, A"), example("choice", "math", "A, C"))
-    assert not is_correct(completion("dog"), example("open", "classify", "dog, cat"))
-    assert not is_correct(completion("the man bites the dog"), example("open", "general", "the dog bites the man"))
+def derived(count=12, seed=0):
+    """(question, answer, steps, example) of every subject, `count` times."""
+    rng = random.Random(seed)
+    for subject in SUBJECTS * count:
+        problem, answer, steps = subject(*rng.sample(range(2, 13), 4))
+        yield problem, answer, steps, example("open", "math", str(answer), problem)
 
 
-# ---- Format ----
-
-@pytest.mark.parametrize("text, expected", [
-    ("<think>a</think><answer>b</answer>", 1), (" \n<think>a\nb</think>\n <answer>b</answer>\n", 1),
-    ("<think></think><answer></answer>", 0), ("<think> </think><answer>b</answer>", 0),     # released code pays
-    ("<think>a</think><answer> </answer>", 0),
-    ("<think>a</think><answer>b</answer><answer>c</answer>", 0),        # released code pays for two answers
-    ("<answer>b</answer><think>a</think>", 0), ("<think>a</think> so <answer>b</answer>", 0),
-    ("<think>a</think><answer>b</answer> done", 0), ("well <think>a</think><answer>b</answer>", 0),
-    ("<think>a<think>b</think></think><answer>c</answer>", 0),
-    ("<think>a</think><think>b</think><answer>c</answer>", 0),
-    ("<think>a <answer>b</answer></think>", 0), ("<think>a<answer>b</think></answer>", 0), ("<answer>b</answer>", 0),
-    ("<think>a</think><answer><answer>b</answer></answer>", 0), ("<think>a</think>b", 0), ("", 0),
-    ("</think><think>", 0),
-    ("<think>a</think><answer>b", 0), ("<think></think>a<answer>b</answer>", 0),
-])
-def test_format(text, expected):
-    assert format_reward(text, example("open", "math", "b")) == expected
+def kept(thinking, answer, item):
+    return quality_score(completion(answer, thinking), item) > KEEP_ABOVE
 
 
-@pytest.mark.parametrize("form, task, answer, expected", [
-    ("binary", "detection", "yes", 1), ("choice", "detection", "B", 1),     # released code asks these for a JSON box
-    ("open", "detection", BOX, 1), ("open", "detection", "no objects", 1), ("open", "detection", "on the left", 0),
-    ("open", "classify", "dog", 1),
-])
-def test_only_open_detection_asks_for_a_box(form, task, answer, expected):
-    assert format_reward(completion(answer), example(form, task, "yes")) == expected
+def share(found):
+    return sum(found := list(found)) / len(found)
 
 
-# ---- Quality ----
-
-TWELVE = example("open", "math", "12")
-PROSE = "There are seven red cubes and five blue ones, so there are 12 in all."
-
-
-@pytest.mark.parametrize("text, kept", [
-    (completion("12", PROSE), True), (completion("12", "Seven and five make a dozen."), True),
-    (completion("13", PROSE), False),                                   # wrong
-    (completion("12", "Seven and five make 13."), False),               # the reasoning says otherwise
-    (completion("12", "it is 12 " * 40), False),                        # heavy repetition
-    (completion("12", "12"), False), (completion("12", ""), False), ("<answer>12</answer>", False),
-    (completion("12", PROSE) + " Done.", False), ("12", False), ("", False),
-])
-def test_quality_keeps_only_what_is_right_sound_well_formed_and_fluent(text, kept):
-    assert (quality_score(text, TWELVE) > 85) == kept
-    assert 0 <= quality_score(text, TWELVE) <= 100
+@pytest.mark.parametrize("style", STYLES)
+def test_right_derivations_of_any_style_are_kept(style):
+    """Intermediate results counted as conclusions once: two thirds of people's were dropped."""
+    for closing in CLOSINGS:
+        assert share(kept(STYLES[style](steps) + closing.format(answer), answer, item)
+                     for _, answer, steps, item in derived()) >= 0.95
 
 
-def test_quality_of_a_nearly_right_answer_stops_at_85():
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_no_derivation_is_not_kept(name):
+    rng = random.Random(1)
+    assert share(kept(OTHERWISE[name](rng, problem, answer, steps), answer, item)
+                 for problem, answer, steps, item in derived()) <= 0.03
+
+
+def test_another_questions_steps_are_seldom_kept():
+    every = list(derived(seed=2))
+    others = random.Random(2).sample(every, len(every))
+    for closing in CLOSINGS:
+        assert share(kept(STYLES["prose"](steps) + closing.format(answer), answer, item)
+                     for (_, answer, own, item), (_, _, steps, _) in zip(every, others)
+                     if own != steps) <= 0.25
+
+
+def test_a_wrong_answer_is_never_kept_and_what_says_more_is_ahead():
+    for _, answer, steps, item in derived(3):
+        texts = [CLOSINGS[1].format(answer), STYLES["prose"](steps[-2:]), STYLES["prose"](steps)]
+        assert quality_score(completion(answer + 1, texts[-1]), item) <= KEEP_ABOVE
+        scores = [quality_score(completion(answer, text), item) for text in texts]
+        assert scores == sorted(scores) and scores[0] < scores[2] < 100, texts
     labels = [f"thing {i}" for i in range(20)]
     text = completion(", ".join(labels[1:]), "I see " + ", ".join(labels))
-    assert quality_score(text, example("open", "classify", ", ".join(labels))) == 85
+    assert quality_score(text, example("open", "classify", ", ".join(labels))) == KEEP_ABOVE
 
 
-def test_quality_parts():
-    assert quality_parts(completion("12", PROSE), TWELVE) == dict.fromkeys(rewards.QUALITY, 1.0)
-    assert sum(rewards.QUALITY.values()) == 100 and min(rewards.QUALITY.values()) >= 100 - rewards.KEEP_ABOVE
-    silent = quality_parts(completion("yes", "A dog stands there."), example("binary", "math", "yes"))
-    against = quality_parts(completion("yes", "There is no dog."), example("binary", "math", "yes"))
-    assert (silent["consistency"], against["consistency"]) == (0.6, 0.0)
-    for answer, thinking in (
-            ("5 cm", "it is 5 cm long"), ("5 cm", "it is 5"), ("1 3/4", "it makes 1 3/4"), ("0.5", "so 1/2")):
-        assert quality_parts(completion(answer, thinking), example("open", "math", answer))["consistency"] == 1.0
-    late = quality_parts(completion("12", "It may be 12. " + "But I count them again. " * 5 + "It is 13."), TWELVE)
-    named = quality_parts(completion("red bus", "The bus is red."), example("open", "general", "red bus"))
-    unnamed = quality_parts(completion("red bus", "The bus is blue."), example("open", "general", "red bus"))
-    assert (late["consistency"], named["consistency"], unnamed["consistency"]) == (0.0, 1.0, 0.6)
-    assert fluency("red blue red blue green".split()) == pytest.approx(3 / 5) and fluency(["red", "blue"] * 9) == 0
+PROSE = "There are seven red cubes and five blue ones, so there are 12 in all."
+NOISE = " ".join("".join(random.Random(i).choices(string.ascii_lowercase, k=7)) for i in range(300))
+OPTIONS = "Which is a mammal?\nA. shark\nB. dolphin\nC. frog"
 
 
-QUESTION = SimpleNamespace(form="open", task="math", solution="12", problem="How many cubes are in the picture?")
-RANDOM = random.Random(0)
-NONSENSE = " ".join("".join(RANDOM.choices(string.ascii_lowercase, k=7)) for _ in range(300))
+@pytest.mark.parametrize("answer, thinking, keep", [
+    ("12", PROSE, True), ("12", "左边有七个，右边有五个，一共是12个。", True), ("12", NOISE + " 12", False),
+    ("12", "Seven and five make a dozen.", True), ("12", "Seven and five make 13.", False),
+    ("12", "7 red and 5 blue: 12 cubes, 7 of them red.", True), ("12", "", False), ("12", ".",
+    False),
+    ("12", "5 + 7 = 12, so the answer is 13.", False), ("12", "It is certainly not 12", False),
+    ("12", "seven and five, but never 12", False), ("12", "it is 12 " * 40, False), ("12", "so 12",
+    False),
+    ("12", "word " * 5000 + "12", False), ("12", "I count the cubes: 10 11 12 13 14", False),
+    ("yes", "The red cube is near the left edge, and the ball is far behind.", True),
+    ("yes", "There are no cubes near the left edge.", False),
+    ("B", "Sharks are fish, frogs are amphibians. Dolphins nurse their young: option B.", True),
+    ("B", "Sharks are fish and frogs are amphibians. So the answer is C.", False),
+    ("red bus", "A red bus stands at the corner.", True), ("red bus", "It is a red bus.", False)])
+def test_quality_of_other_kinds_of_answers(answer, thinking, keep):
+    item = example("binary" if answer == "yes" else "open", "general", answer)
+    item = replace(item, problem=OPTIONS) if answer == "B" else item
+    assert kept(thinking, answer, item) == keep
+    assert quality_score(completion(answer, thinking) + " Done.",
+    item) <= KEEP_ABOVE, "not in format"
 
 
-@pytest.mark.parametrize("thinking, kept", [
-    (PROSE, True), ("7 red cubes and 5 blue cubes: 7 + 5 = 12", True), ("左边有七个，右边有五个，一共是12个。", True),
-    ("Hay siete cubos rojos y cinco azules, en total 12.", True), ("seven red cubes, five blue cubes", True),
-    ("so 12", False), ("a 12", False), ("12", False), ("no idea", False), ("ok ok", False), ("I guess", False), (".", False),
-    ("\u200b", False), ("well, I think it must be 12", False), ("It is certainly not 12", False),
-    ("I see red cubes and blue cubes, but it can never be 12", False), (PROSE + " " + PROSE, False), (" ".join([PROSE] * 3), False),
-    (NONSENSE, False), (NONSENSE + " 12", False), ("word " * 5000 + "12", False), ("banana pear apple", False),
-    (" ".join(f"thing{i % 700} about matters" for i in range(2000)) + " 12", False),
-    ("I count the cubes: 10 11 12 13 14 15", False),
-    ("There are 13 red cubes, so the total is 13, it makes 13 cubes. 12", False)])
-def test_what_is_kept_is_worth_training_on(thinking, kept):
-    assert (quality_score(completion("12", thinking), QUESTION) > rewards.KEEP_ABOVE) == kept
-    assert quality_score(completion("13", thinking), QUESTION) <= rewards.KEEP_ABOVE, "a wrong answer never"
+# ---- Incentives: an exploit, with its format reward, pays no more than an honest wrong answer ----
 
-
-def test_of_several_kept_the_one_with_more_reasons_is_best():
-    scores = [quality_score(completion("12", thinking), QUESTION) for thinking in (
-        "three rows cubes", "red cubes, blue cubes", "4 red cubes 12", "7 red cubes and 5 blue cubes make 12 cubes in the picture")]
-    assert scores == sorted(scores) and scores[-1] > scores[0] and scores[-1] > 99
-
-
-@pytest.mark.parametrize("problem, thinking, answer", [
-    ("What is 3 plus 4?", "3 plus 4", "7"), ("What color is the circle?", "red circle north", "red"),
-    ("How many objects are there?", "1 red circle 2 blue square", "2"), ("Which object is first?", "red circle north", "red circle"),
-    ("How many objects are in the two images?", "2 plus 3", "5")])
-def test_terse_but_sound_reasoning_of_a_small_model_is_kept(problem, thinking, answer):
-    item = SimpleNamespace(form="open", task="general", solution=answer, problem=problem)
-    score = quality_score(completion(answer, thinking), item)
-    assert score > rewards.KEEP_ABOVE or thinking == "2 plus 3", "numbers that the question does not have speak against"
-
-
-# ---- Incentives: an exploit, with its format reward, pays no more than an honest wrong answer of its kind ----
-
-LABELS = "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dog, horse, person, sheep, sofa, train"
-HONEST = {"binary": "no", "choice": "B", "classify": "dog, bus", "detection": "[60, 60, 90, 90]", "math": "13",
-          "general": "The cat is brown."}
-EXPLOITS = {
-    "binary": ["yes or no", "yes, no", "yes no", "yes/no", "not no", "yes yes", "It is yes.", "yes, unless no"],
-    "choice": ["A, B, C, D", ", ".join(string.ascii_uppercase), "ABCD", "AC", "A or C", "A C or B D", "all of them"],
-    "classify": [LABELS, LABELS.replace(",", ""), "dog or cat", "dog/cat", "[dog cat]", "dog and cat and everything"],
-    "detection": ["[0, 0, 100, 100]", "[" + ", ".join(["[10, 10, 50, 50]"] * 2) + "]", f"{BOX} or no objects", "[]",
-                  "no objects", str([[x, y, x + 40, y + 40] for x in range(0, 60, 9) for y in range(0, 60, 9)]),
-                  f"{BOX} {BOX}"],
-    "math": ["11 12 13", "11, 12, 13", "111213", "11 or 12", "12 (or 13)", "7 + 5", "3 * 4", "1 2", "12...20",
-             "x = 11, x = 12", r"\boxed{11} \boxed{12}", "between 11 and 13", "12?13", "[12]13", "12/13",
-             "eval('6*2')", "6*2", "0012 1", "12=13"],
-    "general": ["The dog is brown. The dog is black. The dog is red. The dog is white. The cat is brown.", "brown",
-                "dog"],
-}
-WRAPPED = ["{right}", "<answer>{right}", "<think>{right}</think>", "<think>so {right}</think><answer></answer>",
-           "<think></think><answer></answer>", "<think>a</think><answer>{right}</answer><answer>{wrong}</answer>",
-           "<think><answer>{right}</answer></think><answer>{wrong}</answer>",
-           "<think>so <answer>{right}</answer></think>", "<think>{right}</think><answer>{wrong}</answer>",
-           "<think>a</think><answer><answer>{right}</answer></answer>",
-           "<think>a</think><answer>{right}</answer><answer>",
-           "<think>a</think><answer>answer: {right} {wrong}</answer>",
-           "Think in <think> </think>, then answer in <answer> </answer>."]
-TRUTHS = {("binary", "math"): "yes", ("choice", "math"): "A, C", ("open", "classify"): "dog, cat",
-          ("open", "detection"): BOX, ("open", "math"): "12", ("open", "general"): "The dog is brown."}
+LABELS = "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dog, horse, sheep"
+SWARM = str([[x, y, x + 40, y + 40] for x in range(0, 60, 9) for y in range(0, 60, 9)])
+TRUTHS = {              # truth, an honest wrong answer, exploits beside those of the tables
+    ("binary", "math"): ("yes", "no", ["yes no", "yes/no", "yes yes", "It is yes."]),
+    ("choice", "math"): ("A, C", "B", [", ".join(string.ascii_uppercase), "A C or B D"]),
+    ("open", "classify"): ("dog, cat", "dog, bus", [LABELS, "dog or cat", "dog/cat"]),
+    ("open", "detection"): (BOX, "[60, 60, 90, 90]", [
+        "[0, 0, 100, 100]", f"{BOX} or no objects", f"{BOX} {BOX}", SWARM]),
+    ("open", "math"): ("12", "13", ["11, 12, 13", "between 11 and 13", "[12]13", "eval('6*2')"]),
+    ("open", "general"): ("The dog is brown.", "The cat is brown.", ["The dog is red.", "brown"])}
+WRAPPED = ["{0}", "<answer>{0}", "<think>{0}</think>", "<think></think><answer></answer>",
+           "<think>so {0}</think><answer></answer>", "<think>a</think><answer>{0}</answer><answer>",
+           "<think>a</think><answer>{0}</answer><answer>{1}</answer>",
+           "<think><answer>{0}</answer></think><answer>{1}</answer>",
+           "<think>so <answer>{0}</answer></think>", "<think>{0}</think><answer>{1}</answer>",
+           "<think>a</think><answer>answer: {0} {1}</answer>"]
 
 
 @pytest.mark.parametrize("form, task", TRUTHS)
 def test_exploits_pay_no_more_than_an_honest_wrong_answer(form, task):
-    kind, truth = form if form != "open" else task, TRUTHS[form, task]
+    truth, honest, exploits = TRUTHS[form, task]
     item = example(form, task, truth)
-    honest = accuracy_reward(completion(HONEST[kind]), item)
-    assert honest < accuracy_reward(completion(truth), item) == 1.0
-    for answer in EXPLOITS[kind]:
-        assert accuracy_reward(completion(answer), item) <= honest, answer
-    for wrapped in WRAPPED:
-        text = wrapped.format(right=truth, wrong=HONEST[kind])
-        assert accuracy_reward(text, item) + format_reward(text, item) <= honest + 1.0, text
-        assert accuracy_reward(text, item) <= honest, text
+    least = accuracy_reward(completion(honest), item)
+    assert least < accuracy_reward(completion(truth), item) == 1.0
+    for answer in exploits:
+        assert accuracy_reward(completion(answer), item) <= least, answer
+    for text in (wrapped.format(truth, honest) for wrapped in WRAPPED):
+        assert accuracy_reward(text, item) + format_reward(text, item) <= least + 1.0, text
+        assert accuracy_reward(text, item) <= least, text
 
 
 # ---- Hostile text ----
 
 MEGABYTE = 1_000_000
-BOMBS = [
-    "[" * 100_000, "[" * 1900 + "]" * 1900, '{"bbox_2d":' * 300, "{" * 3000, "(" * 3000, "[1e999999999, 0, 1, 1]",
-    f"[{'9' * 3000}, 0, 1, 1]", str([[i, i, i + 500, i + 500] for i in range(64)]).replace(" ", ""),        # JSON
-    "\\frac{" * 600, "\\frac{1}{" * 10, "\\sqrt{" * 500, "\\boxed{" * 500, "\\text{" * 600, "$" * 3999, "\\" * 3999,
-    "^{" * 1900, "√" * 3000, "square " * 500,                                                               # LaTeX
-    "1e999999999", "*".join(["10^60"] * 6), "9**9**9", "9" * 119, "9" * 3999, "9" * 5000, "9" * 110 + "π", "1/" + "0" * 100, "1/√0", "0/0",
-    "1" + ",000" * 29, "." + "0" * 100 + "1", "1/." + "0" * 99 + "1", "NaN", "Infinity", "-inf", "-" * 3999,
-    "1 " * 1900, " " * 3998 + "1", "1," * 1999, ", " * 1900, "no " * 1300,                                  # numbers
-    "\x00", "\ud800", "\u202e12", "\ufeff12", "٣٤", "²", "½", "Ⅻ", "{0}", "%s", "__import__('os')",       # characters
-    "a" * MEGABYTE, " " * MEGABYTE, "<" * MEGABYTE, "a b " * (MEGABYTE // 4), "<think>" * 140_000, "<answer>" * 120_000,
-    "</answer>" * 110_000]
+PIECES = ["[", '{"bbox_2d":', "{", "(", "\\frac{", "\\frac{1}{", "\\sqrt{", "\\boxed{", "\\text{",
+          "$",
+          "\\", "^{", "√", "√1", "9", "9**", "10^60*", "1 ", "1,", ", ", "no ", "a", "a ", "12. ",
+          "1+",
+          "=", "\\\\", "&", "and ", "B ", "。", "猫，", "1 1/2 ", "(1,2),", "{{1,2},{3,4}},", "km/h ",
+          "~"]
+BOMBS = [(piece * 4000)[:4000] for piece in PIECES] + [
+    "[" * 1900 + "]" * 1900, "[1e999999999, 0, 1, 1]", f"[{'9' * 3000}, 0, 1, 1]", "1e999999999",
+    "0/0",
+    "9" * 110 + "π", "1/" + "0" * 100, "1/√0", "1" + ",000" * 29, "NaN", "-inf",
+    "." + "0" * 100 + "1",
+    "1/." + "0" * 99 + "1", "\x00", "\ud800", "\u202e12", "٣٤", "²", "Ⅻ", "{0}", "%s",
+    "__import__('os')",
+    *(piece * (MEGABYTE // len(piece)) for piece in ("a", " ", "<", "a b ", "<think>",
+    "</answer>"))]
+KINDS = [*((*kind, row[0]) for kind, row in TRUTHS.items()), ("open", "math", "B"),
+         ("open", "math", r"2\sqrt{3}"), ("open", "math", "{1, 2}"), ("open", "math",
+         "a" * 3999 + "1")]
 
 
 def check(text, item):
-    """CPU seconds (a busy machine does not stretch them) that the rewards of a text took; checks type and range."""
+    """CPU seconds (a busy machine stretches none) of a text's rewards; checks type and range."""
     start = time.process_time()
-    values = [accuracy_reward(text, item, soft_iou=True), format_reward(text, item), quality_score(text, item) / 100]
+    values = [accuracy_reward(text, item), format_reward(text, item), quality_score(text,
+    item) / 100]
     seconds = time.process_time() - start
-    assert all(isinstance(value, float) and math.isfinite(value) and 0 <= value <= 1 for value in values), values
+    assert all(isinstance(v, float) and math.isfinite(v) and 0 <= v <= 1 for v in values), values
     return seconds
 
 
 @pytest.mark.parametrize("form, task, truth", KINDS)
 def test_no_text_raises_or_is_slow(form, task, truth):
+    """Twenty times what it takes; a quadratic pattern took more with a truth of 4,000 letters."""
     item = example(form, task, truth)
     for bomb in BOMBS:
         for text in (bomb, completion(bomb), completion(truth, bomb)):
-            assert check(text, item) < 1.0, (text[:60], len(text))
-
-
-def test_no_reader_raises_on_a_bomb_given_directly():
-    for bomb in BOMBS:
-        for reader in (extract_answer, parse_verdict, parse_letters, parse_labels, parse_boxes, parse_number):
-            reader(bomb)
-
-
-def test_bombs_as_solutions_do_not_raise():
-    for form, task, _ in KINDS:
-        for bomb in BOMBS:
-            if len(bomb) < MEGABYTE // 10:
-                check(completion("12"), example(form, task, bomb))
+            assert check(text, item) < 0.4, (text[:60], len(text))
+        hostile = replace(item, solution=bomb[:4000], problem=bomb[:4000])
+        assert check(completion(bomb[:4000]), hostile) < 0.4, bomb[:60]
 
 
 def test_random_text():
     rng = random.Random(0)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", "yes", "no", "A", ",", "and", "[", "]", "{", "}", "dog",
-              '"bbox_2d":', "1", "12", ".", "/", "-", "%", "π", "√", "\\frac", "\\sqrt", "^", "\\boxed", "$", "=", "x",
-              "cm", "e9", "NaN", " ", "\n", "\x00", "\ud800", "\u202e", "٣", "²", "\\", "(", ")", "```", "json"]
-    items = [example(*kind) for kind in KINDS]
-    for _ in range(600):
+    pieces = PIECES + ["<think>", "</think>", "<answer>", "</answer>", "yes", "A", "]", "}", "dog",
+                       "12",
+                       ".", "/", "-", "%", "π", "x", "e9", "NaN", "\n", "\x00", "\ud800", ")",
+                       "```", "≈", "½"]
+    for _ in range(500):
         text = "".join(rng.choices(pieces, k=rng.randrange(25)))
-        for item in items:
-            check(text, item)
-            check(completion(text), item)
+        for kind in KINDS:
+            check(rng.choice([text, completion(text)]), example(*kind))
 
 
-def test_model_text_reaches_no_evaluator():
-    source = "".join(map(inspect.getsource, (answers, numerals, tasks, rewards)))
-    assert not [name for name in ("eval(", "exec(", "literal_eval", "sympy", "import torch") if name in source]
+def test_model_text_reaches_no_evaluator_and_rewards_know_no_torch():
+    source = "".join(map(inspect.getsource, (answers, numbers, reasons, rewards)))
+    assert not re.findall(r"\beval\(|exec\(|literal_eval|sympy|import torch", source)

@@ -21,7 +21,7 @@ from pathlib import Path
 from support.tiny import tiny_checkpoint, tiny_data
 from support.words import command
 
-NUMBERS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS_SENT = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FLAGS = ("--prompts_per_step 2 --num_generations 4 --max_completion_length 24 --sft_batch 2 "
          "--lr 1e-3 --sft_lr 1e-3 --reject_samples 4 --reject_threshold 0 --save_every 5 "
          "--stages binary:30 open:20 reject:20").split()
@@ -38,7 +38,7 @@ def attack(words, out, rng, kills):
             [*words, "--out", str(out), *resume], cwd=Path(__file__).parents[1], text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
-        number = rng.choice(NUMBERS) if life <= kills else None
+        number = rng.choice(SIGNALS_SENT) if life <= kills else None
         if number:
             time.sleep(rng.uniform(2, 6))
             os.killpg(process.pid, number)  # a zombie, too, has an id

@@ -29,7 +29,7 @@ def check(run):
     run.load_weights(run.cfg.model)
     for stage in run.cfg.curriculum:
         rows = run.examples.get(stage.name, run.questions)
-        lengths = sorted(run.processor.prompt_length(example) for example in rows)
+        lengths = sorted(run.processor.prompt_lengths(rows))
         say(f"{stage.label}: {stage.steps} steps over {len(rows)} examples, prompts of "
             f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}\n"
             f"    {rows[0].where}: {one_line(rows[0].problem)}\n"
@@ -37,7 +37,7 @@ def check(run):
     asked = [example for rows in run.examples.values() for example in rows]
     truths = [truth_of(e) for e in asked if (e.task, e.form) == ("math", "open")]
     if written := list(dict.fromkeys(text_only_truths(truths))):
-        say(f"{len(written)} true answers are paid only as they are written: "
+        say(f"{len(written)} true answers are paid only as they are written, or read as one number: "
             f"{', '.join(map(one_line, written[:3]))}")
     for sentence in blind_report(asked):
         say(sentence)

@@ -31,7 +31,7 @@ from support.page import (
     BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, save_picture, text_width)
 from support.words import UserError, command, say
 
-WIDE, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text
+PAGE_WIDTH, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text
 TOKENS_SHOWN = 100  # tokens of a completion
 REFERENCES = {"stage": "KL to the policy at the stage's start", "base": "KL to the base model"}
 
@@ -145,7 +145,7 @@ def draw_step(seen, out):
     """Save the picture of a Look; returns its path."""
     group, mean_kl = seen.group, seen.kl.sum() / sum(map(len, seen.tokens))
     order = group.advantages.argsort(descending=True, stable=True).tolist()
-    page = Page(WIDE, 3200 + 60 * len(order))
+    page = Page(PAGE_WIDTH, 3200 + 60 * len(order))
     page.text(30, 24, seen.title, INK, 23)
     page.text(30, 62, f"mean(r) {group.rewards.mean():.3g}, std(r) {group.rewards.std():.3g}, "
                       f"loss {seen.loss:.3g}, KL {mean_kl:.2g} a token", GREY, SIZE)
@@ -176,7 +176,7 @@ def draw_question(page, example):
 
 def draw_completions(page, group, order):
     """The completions by advantage: text, accuracy + format = r, A as a bar; returns the end."""
-    x, y, middle, half = LEFT + 40, 128, WIDE - 170, 90
+    x, y, middle, half = LEFT + 40, 128, PAGE_WIDTH - 170, 90
     page.text(x, 100, f"{len(order)} completions", GREY, SIZE)
     page.text(middle - half - 30, 100, "accuracy + format = r", GREY, SIZE, "ra")
     page.text(middle, 100, "advantage A", GREY, SIZE, "ma")
@@ -203,7 +203,7 @@ def draw_tokens(page, seen, i, y):
     for token, push, kl in zip(tokens, seen.push[i].tolist(), seen.kl[i].tolist()):
         label = printable(token.replace("\n", "\\n"))[:25] or "·"
         width = text_width(label, SIZE) + 16
-        x, y = (30, y + 46) if x + width > WIDE - 30 else (x, y)
+        x, y = (30, y + 46) if x + width > PAGE_WIDTH - 30 else (x, y)
         color = pale(GREEN if push > 0 else RED, 0.75 * abs(push) / strongest) if push else LINE
         page.box(x, y, x + width, y + 28, color)
         page.text(x + 8, y + 5, label, INK, SIZE)

@@ -5,7 +5,6 @@
     python -m tools.pictures curves A B --out x.png  # one line a run (default: A/compared.png)
     python -m tools.pictures table A B               # accuracies in % with 95 % intervals
     python -m tools.pictures examples DIR -n 12      # DIR/sheet.png: rows as a run trains on them
-    python -m tools.pictures method DIR              # DIR/method.png: one annotation, all stages
 
 Boxes are in pixels of the image as the model sees it.
 """
@@ -20,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data import load_examples, training_forms
-from forms import derive, derive_all
+from forms import derive_all
 from rewards import FORMS, TASKS
 from support.answers import extract_answer, parse_boxes, truth_of
 from support.drawing import VIEW_SIDE, view
@@ -34,13 +33,6 @@ from support.words import UserError, command
 PALETTE = (BLUE, "#e07b00", "#159a72", "#8a56b8", "#c93a6b", "#7a6a1c", "#2ba3c7", "#5b6470")
 CHART = (1100, 620)  # width and height
 TILE, PAD = VIEW_SIDE // OVERSAMPLE, 14  # width of a tile, and the space around it
-STAGES = {  # form -> what its stage pays for, and why it stands where it stands
-    "binary": ("1 for the right verdict", "a guess is right half the time: signal at once"),
-    "choice": ("1 for the right letters, 0.2 for a part", "a guess is right one time in four"),
-    "open": ("matched boxes, overlap of labels, the number", "a guess is hardly ever right")}
-REJECT = ("General questions, text-only ones too", "8 sampled answers to each",
-          "A judge scores them from 0 to 100", "The best is kept, if above 85",
-          "Fine-tuned on what was kept")
 
 
 # ---- Charts ----
@@ -296,22 +288,6 @@ def training_rows(place, seed, **options):
     return list(found.values())
 
 
-def method_tiles(example):
-    """The method as five tiles: an open question with an image, its three forms, phase 2."""
-    boxes = [(GREEN, places_in(truth_of(example), example.task, example.form))]
-    tiles = [tile(example.images[0], example.size, boxes, [
-        ("1  An annotation", BLUE, 1), (example.problem, INK, 3), (truth_of(example), GREEN, 2)])]
-    for number, (form, (accuracy, note)) in enumerate(STAGES.items(), 2):
-        asked = derive(example, form)
-        tiles.append(tile(None, None, [], [
-            (f"{number}  GRPO: {form} stage", BLUE, 1), (asked.problem, INK, 8),
-            (truth_of(asked), GREEN, 2), (f"accuracy: {accuracy}", INK, 2),
-            ("format: 1 for thinking, then an answer", INK, 2), (note, GREY, 2),
-            ("Its policy is start and KL reference of the next stage", GREY, 2)]))
-    return [*tiles, tile(None, None, [], [("5  Its own best answers: reject stage", BLUE, 1),
-                                          *((text, INK, 2) for text in REJECT)])]
-
-
 # ---- Command line ----
 
 def draw_examples(args):
@@ -323,15 +299,6 @@ def draw_examples(args):
     return save_tiles([example_tile(asked) for asked in rows], args.out or folder / "sheet.png")
 
 
-def draw_method(args):
-    """The method, shown with the first row of a data directory that has boxes; returns its path."""
-    rows = load_examples(find_files(args.data)["train"]["open"], image_root=args.data, form="open")
-    shown = next((row for row in rows if row.images and TASKS[row.task].resize), None)
-    if shown is None:
-        raise UserError(f"{args.data} has no open question about a place in an image")
-    return save_tiles(method_tiles(shown), args.out or Path(args.data) / "method.png", 3)
-
-
 def count(text):
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
@@ -341,7 +308,7 @@ def count(text):
 
 @command
 def main(argv=None):
-    """`run`, `curves`, `table`, `examples` and `method`."""
+    """`run`, `curves`, `table` and `examples`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
 
@@ -366,8 +333,7 @@ def main(argv=None):
     example("--seed", type=int, default=0, help="the run's --seed")
     example("--skip_bad_rows", action="store_true", help="drop and count bad rows")
     example("-n", type=count, default=12, help="how many rows")
-    method = add("method", draw_method, "one annotation through all stages", "data", metavar="DIR")
-    for option in (curve, example, method):
+    for option in (curve, example):
         option("--out", help="the picture (default: beside what it shows)")
     args = parser.parse_args(argv)
     print(args.action(args))

@@ -35,7 +35,7 @@ from data import load_examples
 from engine import load_policy
 from packed import pack, packed_hidden
 from support.directory import RunDirectory
-from support.tiny import SPECIAL, TEMPLATE, tiny_data, tiny_tokenizer
+from support.tiny import SPECIAL_TOKENS, TEMPLATE, tiny_data, tiny_tokenizer
 from support.words import UserError, command
 
 # config.json, generation_config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct, in
@@ -75,15 +75,15 @@ def write_tokenizer(path):
     vocab = {token: i for token, i in model["vocab"].items() if i < 256 + len(model["merges"])}
     model["vocab"] = vocab | {f"Ġw{i}": i for i in range(len(vocab), ORDINARY)}
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    added = {ORDINARY + i: {"content": name, **flags, "special": name in SPECIAL}
-             for i, name in enumerate(SPECIAL + PLAIN)}
+    added = {ORDINARY + i: {"content": name, **flags, "special": name in SPECIAL_TOKENS}
+             for i, name in enumerate(SPECIAL_TOKENS + PLAIN)}
     tokenizer["added_tokens"] = [{"id": i, **token} for i, token in added.items()]
     (path / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in model["merges"]))
     for name, value in (
             ("tokenizer", tokenizer), ("vocab", model["vocab"]),
             ("chat_template", {"chat_template": TEMPLATE}),
             ("tokenizer_config", {
-                "added_tokens_decoder": added, "additional_special_tokens": SPECIAL[1:],
+                "added_tokens_decoder": added, "additional_special_tokens": SPECIAL_TOKENS[1:],
                 "chat_template": TEXT_TEMPLATE, "clean_up_tokenization_spaces": False,
                 "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                 "model_max_length": 131_072, "tokenizer_class": "Qwen2Tokenizer"})):
