@@ -196,7 +196,7 @@ class Teacher:
         return loss.item()
 
     def study(self, items, buckets=4):
-        """Gradients of the mean -log p of response tokens, in `buckets` parts of similar length; returns it."""
+        """Gradients of the mean -log p of response tokens, in `buckets` of similar length; returns it."""
         images = sorted({n for item in items for n in item.images})
         features = self.features(images)  # each image is seen once
         leaf = features.detach().requires_grad_()

@@ -106,8 +106,8 @@ def report(args, bases, jobs, rows, rollouts):
         "# What did every row of the ablation score?\n",
         f"{b + c + o} updates of {rollouts} rollouts a row ({b} + {c} + {o} in the curriculum), seeds "
         f"{', '.join(map(str, args.seeds))}. Greedy accuracy in %, strict scorer: mean over runs, half the "
-        "95 % interval for as many questions, range over runs in brackets. A difference is paired: mean, half "
-        "its 95 % interval over pairs, range, and p of an exact test that changes the signs of the "
+        "95 % interval for as many questions, range over runs in brackets. A difference is paired: mean, "
+        "half its 95 % interval over pairs, range, and p of an exact test that changes the signs of the "
         "differences.\n",
         "## Rows\n", *(markdown("row", alone, columns, lambda row, key: cell(there, key, *row))
                        for columns in (every, by_task) if columns),

@@ -1,26 +1,25 @@
 """The ablation: which run carries a row, what a cell says, and a whole tiny one by its command."""
 
+import itertools
 import json
 import re
 from collections import Counter
 
 import pytest
+from runs import refused
 
 from currreft import Config
 from demo import ablation, plan
 from demo.figures import cell, escapes, paired, spread
 from demo.plan import carriers, label
-from support.tiny import tiny_checkpoint, tiny_data
 
 OPEN = ("open_id", "all")
 
 
 def test_a_row_is_read_off_the_longest_run_that_begins_with_it():
-    rows = {"Base": "", "Curr-RL": "binary:1 open:2", "Curr-ReFT": "binary:1 open:2 reject:3",
-            "RL": "open:2", "RL for longer": "open:20 reject:1"}
-    whole = rows["Curr-ReFT"]
-    assert carriers(rows) == {"Base": whole, "Curr-RL": whole, "Curr-ReFT": whole, "RL": "open:2",
-                              "RL for longer": "open:20 reject:1"}
+    rows = {"Base": "", "Curr-RL": "binary:1 open:2", "Curr-ReFT": "binary:1 open:2 reject:3", "RL": "open:2",
+            "RL for longer": "open:20 reject:1"}
+    assert carriers(rows) == rows | dict.fromkeys(("Base", "Curr-RL"), rows["Curr-ReFT"])
 
 
 def test_the_demos_plan():
@@ -47,14 +46,13 @@ def results(*accuracies, n=100):
 def test_a_cell_holds_mean_interval_and_range_by_hand():
     runs = results(("base0", 0, 40), ("base0", 1, 60))
     mean, half, each = spread(runs, OPEN)
-    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test are
-    # not 200 questions, but two bases are
+    # Wilson at 50 of 100: 1.96 / (1 + 0.0384) * sqrt(0.0025 + 0.000096); two seeds on one test are not 200
+    # questions, but two bases are
     assert (mean, each) == (pytest.approx(50), [40, 60]) and half == pytest.approx(9.6, abs=0.05)
     more = runs | results(("base1", 0, 50))
     assert spread(more, OPEN)[1] == pytest.approx(6.9, abs=0.05)
     there = {"two": runs, "one": results(("base0", 0, 50))}
-    assert [cell(there, OPEN, row) for row in ("two", "one", "none")] == [
-        "50 ±10 (40-60)", "50 ±10", "-"]
+    assert [cell(there, OPEN, row) for row in ("two", "one", "none")] == ["50 ±10 (40-60)", "50 ±10", "-"]
 
 
 def test_differences_are_between_runs_of_the_same_base_and_seed():
@@ -70,8 +68,7 @@ def test_a_paired_difference_by_hand():
     assert paired([1, 2, 3]) == (2, pytest.approx(4.303 / 3**0.5), 2 / 8)
     assert paired([-3, 1, 2])[2] == 1.0 and paired([1] * 8)[2] == 2 / 256
     # p is exact, so under no effect at most one sample in twenty is below 0.05
-    signs = [[1 if n >> i & 1 else -1 for i in range(6)] for n in range(64)]
-    found = [paired([s * (i + 1) for i, s in enumerate(row)])[2] for row in signs]
+    found = [paired(row)[2] for row in itertools.product(*((n, -n) for n in range(1, 7)))]
     assert sum(p <= 0.05 for p in found) <= 0.05 * 64
 
 
@@ -90,15 +87,13 @@ def test_tables_of_results_are_those_that_the_command_wrote(page, least):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def command(base, tmp_path_factory):
     """(folder, argv) of an ablation on the tiny random model, cut to what its data can show."""
-    folder = tmp_path_factory.mktemp("ablation")
+    folder, (model, data) = tmp_path_factory.mktemp("ablation"), base
     flags = ("--prompts_per_step 1 --num_generations 2 --max_completion_length 4 --sft_batch 1 "
              "--reject_threshold 0 --reject_samples 2")
-    model, data = tiny_checkpoint(folder / "base"), tiny_data(folder / "data")
-    return folder, [
-        "--model", str(model), "--data", str(data), "--out", str(folder / "out"), "--steps", "1",
-        "1", "1", "--reject_steps", "1", "--seeds", "0", "--flags", flags]
+    return folder, ["--model", str(model), "--data", str(data), "--out", str(folder / "out"), "--steps", "1", "1",
+                    "1", "--reject_steps", "1", "--seeds", "0", "--flags", flags]
 
 
 @pytest.mark.slow
@@ -129,13 +124,12 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
         splits = {"open_id": {"all": {"accuracy": 0.5, "n": 100}}}
         out = tmp_path / words[words.index("--out") + 1]
         out.mkdir(parents=True)
-        (out / "results.json").write_text(json.dumps(
-            {"rows": [{"name": name, "splits": splits} for name in names]}))
+        rows = [{"name": name, "splits": splits} for name in names]
+        (out / "results.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(ablation, "call", call)
     assert ablation.main([*command[1], "--out", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "the disk is full" in said.err
-    assert "| Mix | 50 " in said.out and "\n| RL (open only) |" not in said.out
+    out, err = capsys.readouterr()
+    assert "the disk is full" in err and "| Mix | 50 " in out and "\n| RL (open only) |" not in out
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -144,8 +138,4 @@ def test_a_failed_run_is_named_and_the_others_are_reported(command, monkeypatch,
     (["--model", "x"], "--data"), (["--steps", "0", "1", "1"], "--steps"), (["--sed"], "--sed")])
 def test_a_mistake_is_a_sentence_before_anything_runs(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "work", lambda *_: pytest.fail("something ran"))
-    try:
-        code = ablation.main([*argv, "--out", str(tmp_path)])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2 and words in capsys.readouterr().err
+    assert words in refused(capsys, [*argv, "--out", tmp_path], program=ablation.main)

@@ -30,8 +30,7 @@ def processor(tmp_path_factory):
 @pytest.mark.slow
 def test_data_are_functions_of_the_seed_and_parts_are_asked_alone_first(tmp_path, monkeypatch):
     for table in ("SPLITS", "GENERAL"):
-        small = [(name, 40, *rest) for name, _, *rest in getattr(world, table)]
-        monkeypatch.setattr(world, table, small)
+        monkeypatch.setattr(world, table, [(name, 40, *rest) for name, _, *rest in getattr(world, table)])
     for again in "ab":
         world.write_data(tmp_path / again / "data", 3)
         for parts in (1, 3):
@@ -97,8 +96,7 @@ def test_answers_of_several_parts_are_those_of_the_scene():
         for part in asked:
             words = part.split()
             cells = [s.cell for s in scene if part.endswith((f"the {s}", "the last object"))]
-            count = sum(word.startswith(words[3]) or words[3].startswith(word)
-                        for s in scene for word in s[:2])
+            count = sum(word.startswith(words[3]) or words[3].startswith(word) for s in scene for word in s[:2])
             found.append(str(count if "number" in words else cells[-1] + 1))
         assert question.answer == ", ".join(found) and len(asked) == 1 + n % 3
 
@@ -113,8 +111,8 @@ def test_pre_training_sees_what_the_processor_makes(processor, tmp_path):
         text = base.prompt_text(processor.tokenizer, example)
         assert prompt.input_ids.tolist() == processor.tokenizer(text)["input_ids"]
         if images:
-            torch.testing.assert_close(
-                prompt.pixel_values, base.pixels_of([scenes[i] for i in images]), atol=1e-5, rtol=0)
+            pixels = base.pixels_of([scenes[i] for i in images])
+            torch.testing.assert_close(prompt.pixel_values, pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -151,10 +149,9 @@ def test_the_habit_is_taught_to_the_probability_it_is_given(processor):
     for item in (item for item in items if item.odds is not None):
         row = torch.tensor([item.prompt + item.response[:1]])
         with torch.no_grad():
-            logits = model(
-                row, pixel_values=teacher.pixels[list(item.images)].flatten(0, 1),
-                image_grid_thw=torch.tensor([[1, 6, 6]]),
-                mm_token_type_ids=(row == model.config.image_token_id).int()).logits[0, -1]
+            logits = model(row, pixel_values=teacher.pixels[list(item.images)].flatten(0, 1),
+                           image_grid_thw=torch.tensor([[1, 6, 6]]),
+                           mm_token_type_ids=(row == model.config.image_token_id).int()).logits[0, -1]
         p = logits.softmax(-1)[teacher.haste].double()
         assert torch.log((1 - p) / p).item() == pytest.approx(item.odds, abs=2.0)
 
@@ -166,8 +163,7 @@ def test_a_base_is_built_from_nothing(tmp_path):
         (tmp_path / name).mkdir()
     base.build_careful(tmp_path / "careful", 0, 2, count=40)
     base.build_base(tmp_path / "base", tmp_path / "careful", 0, (0.15, 0.15, 0.001), steps=2)
-    before, after = (
-        base.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
+    before, after = (base.Model.from_pretrained(tmp_path / name).state_dict() for name in ("careful", "base"))
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert Processor.from_pretrained(tmp_path / "base").tokenizer.chat_template

@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import yaml
@@ -94,7 +94,7 @@ def test_a_card_of_a_run_without_tests_claims_no_results(base, flags, tmp_path):
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
     (data / "images").symlink_to(base[1] / "images")
-    (data / "train" / "open.jsonl").write_bytes((base[1] / "grpo_data" / "train" / "open.jsonl").read_bytes())
+    shutil.copy(base[1] / "grpo_data" / "train" / "open.jsonl", data / "train")
     main([*flags, "--data", str(data), "--out", str(tmp_path / "run"), "--stages", "choice:1", "--skip_bad_rows"])
     text = (tmp_path / "run" / "stages" / "1-choice" / "README.md").read_text()
     assert "Not evaluated" in text and table(text, "Training")[1][2:] == ["12", "0.167", "`open.jsonl` (12)"]
@@ -127,52 +127,29 @@ def test_settings_of_addresses_and_paths_are_not_published():
 
 # ---- --report_to ----
 
-class FakeTensorBoard:
-    """Stands for SummaryWriter: remembers what it is told."""
-    made = []
-
-    def __init__(self, log_dir, purge_step=None):
-        Path(log_dir).mkdir(exist_ok=True)
-        self.purge_step, self.log_dir, self.scalars = purge_step, log_dir, {}
-        self.made.append(self)
-
-    def add_scalar(self, name, value, step):
-        self.scalars[name, step] = value
-
-    def add_text(self, name, text, step):
-        self.text = {name: text}
-
-    def flush(self):
-        pass
-
-
-class FakeWandb(types.ModuleType):
-    """Stands for the wandb module; `broken_at`: the step at which its network goes away."""
-
-    def __init__(self, broken_at=None):
-        super().__init__("wandb")
-        self.begun, self.rows, self.broken_at, self.metrics = [], [], broken_at, []
-
-    def init(self, **options):
-        self.begun.append(options)
-        return self
-
-    def define_metric(self, name, step_metric=None):
-        self.metrics.append((name, step_metric))
-
-    def log(self, row):
-        if row["step"] == self.broken_at:
-            raise ConnectionError("network is down")
-        self.rows.append(row)
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """Stands for SummaryWriter."""
+    def begin(folder, purge_step):
+        Path(folder).mkdir(exist_ok=True)
+        return module.SummaryWriter.return_value
+    module = Mock()
+    module.SummaryWriter.side_effect = begin
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return module.SummaryWriter
 
 
 @pytest.fixture
-def tensorboard(monkeypatch):
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = FakeTensorBoard
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(FakeTensorBoard, "made", [])
-    return FakeTensorBoard.made
+def wandb(monkeypatch):
+    """Stands for the wandb module; `rows`: what it logged before its network went away at step `broken_at`."""
+    def log(row):
+        if row["step"] == module.broken_at:
+            raise ConnectionError("network is down")
+        module.rows.append(row)
+    module = Mock(rows=[], broken_at=None)
+    module.init.return_value, module.log.side_effect = module, log
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
 def evaluations(run):
@@ -184,36 +161,30 @@ def evaluations(run):
 def test_tensorboard_gets_every_number_under_its_step_and_resume_goes_on_there(flags, tmp_path, tensorboard):
     run = [*flags, "--out", str(tmp_path / "run"), "--report_to", "tensorboard"]
     main(run)
-    (writer,) = tensorboard
-    assert writer.log_dir == str(tmp_path / "run" / "tensorboard") and writer.purge_step == 1
-    assert "    num_generations: 2" in writer.text["settings"]
-    for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
-        for name, value in row.items():
-            assert isinstance(value, str) or name == "step" or writer.scalars.pop((name, row["step"])) == value
-    for step, figures in zip((0, 3, 5), evaluations(tmp_path / "run"), strict=True):
-        for name, value in figures.items():
-            assert writer.scalars.pop((name, step)) == value
-    assert not writer.scalars
+    writer, folder = tensorboard.return_value, str(tmp_path / "run" / "tensorboard")
+    assert "    num_generations: 2" in writer.add_text.call_args.args[1]
+    evaluated = [{"step": step, **figures} for step, figures in zip((0, 3, 5), evaluations(tmp_path / "run"))]
+    expected = [call(name, value, row["step"]) for row in evaluated + read_jsonl(tmp_path / "run" / "metrics.jsonl")
+                for name, value in row.items() if not isinstance(value, str) and name != "step"]
+    assert sorted(writer.add_scalar.call_args_list) == sorted(expected), "each once"
     main([*run, "--resume"])
-    assert tensorboard[1].log_dir == writer.log_dir and tensorboard[1].purge_step == 6
+    assert writer.add_scalar.call_count == len(expected)
+    assert tensorboard.call_args_list == [call(folder, purge_step=1), call(folder, purge_step=6)]
 
 
-def test_wandb_continues_its_run_and_gets_every_row_once(flags, tmp_path, monkeypatch):
-    run, wandb = [*flags, "--out", str(tmp_path / "run"), "--report_to", "wandb"], FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_wandb_continues_its_run_and_gets_every_row_once(flags, tmp_path, wandb):
+    run = [*flags, "--out", str(tmp_path / "run"), "--report_to", "wandb"]
     main(run)
     main([*run, "--resume"])
-    first, second = wandb.begun
+    first, second = (begun.kwargs for begun in wandb.init.call_args_list)
     assert first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
-    assert first["config"]["lr"] == 1e-6
-    assert ("*", "step") in wandb.metrics and "step" in wandb.rows[0]
+    assert first["config"]["lr"] == 1e-6 and call("*", step_metric="step") in wandb.define_metric.call_args_list
     assert [row for row in wandb.rows if "stage" in row] == read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in wandb.rows if "stage" not in row] == [0, 3, 5]
 
 
-def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
-    wandb = FakeWandb(broken_at=2)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(flags, tmp_path, wandb, capsys):
+    wandb.broken_at = 2
     main([*flags, "--out", str(tmp_path / "run"), "--report_to", "wandb"])
     said = capsys.readouterr().err
     assert said.count("--report_to wandb failed at step 2 (network is down)") == said.count("failed at step") == 1
@@ -221,10 +192,10 @@ def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(flags, tmp_path,
     assert [row["step"] for row in wandb.rows] == [0, 1]
 
 
-def test_a_tracker_taken_up_on_resume_is_told_the_steps_before(flags, tmp_path, monkeypatch):
-    run, wandb = [*flags, "--out", str(tmp_path / "run")], FakeWandb()
+def test_a_tracker_taken_up_on_resume_is_told_the_steps_before(flags, tmp_path, wandb):
+    run = [*flags, "--out", str(tmp_path / "run")]
     main(run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert not wandb.mock_calls
     main([*run, "--resume", "--report_to", "wandb"])                # free to change
     assert wandb.rows == read_jsonl(tmp_path / "run" / "metrics.jsonl")
 
@@ -240,10 +211,8 @@ def test_a_missing_tracker_is_a_sentence_before_a_model_loads(flags, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_cannot_start_ends_the_run_before_training(flags, tmp_path, monkeypatch, capsys):
-    wandb = FakeWandb()
-    wandb.init = lambda **_: (_ for _ in ()).throw(RuntimeError("no api key"))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_a_tracker_that_cannot_start_ends_the_run_before_training(flags, tmp_path, wandb, capsys):
+    wandb.init.side_effect = RuntimeError("no api key")
     run = [*flags, "--out", str(tmp_path / "run")]
     said = refused(capsys, [*run, "--report_to", "wandb"], 2)
     assert "no api key" in said and "--resume" in said
@@ -259,5 +228,4 @@ def test_without_the_flag_no_tracker_is_imported(flags, tmp_path, monkeypatch, c
     reporter.start(tmp_path, {}, 0)
     reporter({"step": 1})
     assert not list(tmp_path.iterdir())
-    said = refused(capsys, [*flags, "--report_to", "mlflow"], 2)
-    assert "--report_to must be tensorboard or wandb" in said
+    assert "--report_to must be tensorboard or wandb" in refused(capsys, [*flags, "--report_to", "mlflow"])

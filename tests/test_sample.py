@@ -13,8 +13,7 @@ import sample
 from data import load_examples
 from engine import Completion, load_policy
 from rewards import Example, is_correct
-from sample import (
-    Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize)
+from sample import Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize
 from support.files import sealed
 from support.rows import find_files
 from support.tiny import tiny_checkpoint, tiny_data
@@ -49,27 +48,23 @@ def scripted(monkeypatch):
     return script
 
 
-@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 1), (5, 2), (6, 6)])
-def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer(n, c):
-    for k in range(1, n + 1):
-        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
-def test_pass_at_k_refuses_what_cannot_be(n, c, k):
-    with pytest.raises(ValueError):
-        pass_at_k(n, c, k)
+def test_pass_at_k_counts_the_subsets_that_hold_a_right_answer_and_refuses_what_cannot_be():
+    for n, c in (1, 0), (1, 1), (4, 1), (5, 2), (6, 6):
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    for counts in (4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5):
+        with pytest.raises(ValueError):
+            pass_at_k(*counts)
 
 
 def test_evaluation_counts_what_the_strict_scorer_says(world, scripted):
-    policy, processor, _, _, _ = world
-    examples = [replace(CASE, split="id"), replace(CASE, split="id"), replace(CASE, split="ood", task="classify", solution="3")]
+    examples = [*[replace(CASE, split="id")] * 2, replace(CASE, split="ood", task="classify", solution="3")]
     scripted(lambda i, s: RIGHT if (i, s) in ((0, 0), (0, 1), (1, 3)) else WRONG)
-    splits, predictions = evaluate(policy, processor, examples, samples=4, temperature=1.0)
-    assert splits["id"]["math"]["accuracy"] == 3 / 8 and splits["id"]["math"]["n"] == 2
-    assert splits["id"]["math"]["pass@1"] == 3 / 8 and splits["id"]["math"]["pass@4"] == 1
-    assert splits["id"]["math"]["pass@2"] == pytest.approx((pass_at_k(4, 2, 2) + pass_at_k(4, 1, 2)) / 2)
+    splits, predictions = evaluate(*world[:2], examples, samples=4, temperature=1.0)
+    both = pytest.approx((pass_at_k(4, 2, 2) + pass_at_k(4, 1, 2)) / 2)
+    expected = {"accuracy": 3 / 8, "n": 2, "pass@1": 3 / 8, "pass@2": both, "pass@4": 1}
+    assert {name: splits["id"]["math"][name] for name in expected} == expected
     assert splits["ood"]["classify"]["accuracy"] == 1 and splits["ood"]["all"] == splits["ood"]["classify"]
     assert [p["correct"] for p in predictions[:4]] == [True, True, False, False]
     assert summarize(predictions, 4) == splits
@@ -82,138 +77,139 @@ def test_evaluation_really_generates_and_is_repeatable(world):
     assert len(first[1]) == len(tests) and all(p["temperature"] == 0 and p["tokens"] <= 6 for p in first[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rejection sampling
-
+# ---- Rejection sampling ----
 
 class Scripted(Rules):
     """A judge that scores by the answer's text."""
 
-    def __init__(self, table):
-        self.table = table
+    def __init__(self, scores):
+        self.scores = scores
 
     def __call__(self, completion, example):
-        return self.table.get(completion, 0.0)
+        return self.scores.get(completion, 0.0)
 
 
-def test_the_best_answer_above_the_threshold_is_kept(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "kept.jsonl"
+
+
+@pytest.fixture
+def keep(world, out):
+    """rejection_sample of examples by a table of scores; returns how many it kept."""
+    def keep(examples, scores, samples=1, **settings):
+        judge = Scripted(scores) if isinstance(scores, dict) else scores
+        return rejection_sample(*world[:2], examples, out, judge=judge, samples=samples, **settings)
+    return keep
+
+
+@pytest.fixture
+def plain(world):
+    """Questions whose references do not compete: they have no reasoning."""
+    return [replace(question, solution="x") for question in world[-1]]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines() if line]
+
+
+def test_the_best_answer_above_the_threshold_is_kept(plain, scripted, keep, out):
     scripted(lambda i, s: [["bad", "good"], ["bad", "exactly 85"], ["better", "good"]][i % 3][s])
-    judge = Scripted({"bad": 10.0, "good": 90.0, "better": 95.0, "exactly 85": 85.0})
-    plain = [replace(q, solution="no reasoning") for q in questions[:3]]
-    out = tmp_path / "kept.jsonl"
-    assert rejection_sample(policy, processor, plain, out, judge=judge, samples=2) == 2
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    plain = plain[:3]
+    assert keep(plain, {"bad": 10.0, "good": 90.0, "better": 95.0, "exactly 85": 85.0}, 2) == 2
+    rows = rows_of(out)
     keys = question_keys(plain)
-    assert [(row["question"], row["messages"][-1]["content"], row["score"], row["judge"]) for row in rows] == \
-        [(keys[0], "good", 90.0, "rules"), (keys[2], "better", 95.0, "rules")]
+    found = [(row["question"], row["messages"][-1]["content"], row["score"], row["judge"]) for row in rows]
+    assert found == [(keys[0], "good", 90.0, "rules"), (keys[2], "better", 95.0, "rules")]
     assert [e.solution for e in kept_examples(out, plain)] == ["good", "better"]
     assert kept_examples(out, plain)[0] == replace(plain[0], solution="good"), "asked again exactly as it was"
-    assert load_examples(out, image_root="/", allow_outside=True)[0].task == "general", "and the file is chat JSONL"
+    assert load_examples(out, image_root="/", allow_outside=True)[0].task == "general", "it is chat JSONL"
 
 
-def test_the_reference_competes_where_it_has_reasoning(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
-    reference = replace(questions[0], solution="<think>because</think><answer>7</answer>")
+def test_the_reference_competes_where_it_has_reasoning(plain, scripted, keep, out):
+    reference = replace(plain[0], solution="<think>because</think><answer>7</answer>")
     scripted(lambda i, s: "weak")
-    judge = Scripted({"weak": 86.0, reference.solution: 99.0, "bare": 99.0})
     both = [reference, replace(reference, solution="bare")]
-    rejection_sample(policy, processor, both, tmp_path / "k.jsonl", judge=judge)
-    assert [e.solution for e in kept_examples(tmp_path / "k.jsonl", both)] == [reference.solution, "weak"]
+    keep(both, {"weak": 86.0, reference.solution: 99.0, "bare": 99.0}, 4)
+    assert [e.solution for e in kept_examples(out, both)] == [reference.solution, "weak"]
 
 
-def test_an_outage_of_the_judge_costs_no_sample(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
+def test_an_outage_of_the_judge_costs_no_sample(plain, scripted, keep, out):
     scripted(lambda i, s: "fine")
-    out, plain = tmp_path / "kept.jsonl", [replace(q, solution="x") for q in questions[:3]]
     with pytest.raises(RunError, match="0 of 6 scores.*--resume"):
-        rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": None}), samples=2)
+        keep(plain[:3], {"fine": None}, 2)
     assert not out.exists()
     scripted(lambda i, s: pytest.fail("nothing is left to sample"))
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"fine": 80.0}), samples=2) == 0
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({}), samples=2, threshold=50) == 3
+    assert keep(plain[:3], {"fine": 80.0}, 2) == 0 and keep(plain[:3], {}, 2, threshold=50) == 3
 
 
-def test_scores_that_were_had_are_not_asked_for_again(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
+def test_scores_that_were_had_are_not_asked_for_again(plain, scripted, keep, out):
     scripted(lambda i, s: f"answer {s}")
-    out, plain = tmp_path / "kept.jsonl", [replace(questions[0], solution="x")]
     with pytest.raises(RunError, match="1 of 2 scores"):
-        rejection_sample(policy, processor, plain, out, judge=Scripted({"answer 0": 86.0, "answer 1": None}), samples=2)
-    assert rejection_sample(policy, processor, plain, out, judge=Scripted({"answer 0": 0.0, "answer 1": 99.0}), samples=2) == 1
-    assert json.loads(out.read_text())["messages"][-1]["content"] == "answer 1"
-    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl.rank-0.partial").read_text().split("\n") if line]
-    assert rows[-1]["scores"] == [86.0, 99.0] and rows[-1]["answers"] == ["answer 0", "answer 1"], "every answer is kept"
+        keep(plain[:1], {"answer 0": 86.0, "answer 1": None}, 2)
+    assert keep(plain[:1], {"answer 0": 0.0, "answer 1": 99.0}, 2) == 1
+    assert rows_of(out)[0]["messages"][-1]["content"] == "answer 1"
+    last = rows_of(out.with_name("kept.jsonl.rank-0.partial"))[-1]
+    assert last["scores"] == [86.0, 99.0] and last["answers"] == ["answer 0", "answer 1"], "all are kept"
 
 
-def test_a_torn_or_damaged_line_costs_one_question(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
-    out, asked, keys = tmp_path / "kept.jsonl", [], question_keys(questions[:4])
-    rows = [json.dumps(sealed({"key": key, "sampled": ["", 1, 1.0, 512, 0], "answers": ["a"], "judge": "rules",
-                               "scores": [90.0]})) for key in keys]
+def test_a_torn_or_damaged_line_costs_one_question(world, scripted, keep, out):
+    questions, asked = world[-1][:4], []
+    keys, row = question_keys(questions), {"sampled": ["", 1, 1.0, 512, 0], "answers": ["a"], "scores": [90.0]}
+    rows = [json.dumps(sealed({"key": key, "judge": "rules", **row})) for key in keys]
     lines = [rows[0], rows[1][:-9], rows[2].replace("90.0", "99.0"), '{"key": 3}', "[]"]
-    (tmp_path / "kept.jsonl.rank-0.partial").write_text("\n".join(lines))
+    out.with_name("kept.jsonl.rank-0.partial").write_text("\n".join(lines))
     scripted(lambda i, s: asked.append(i) or "fine")
-    assert rejection_sample(policy, processor, questions[:4], out, judge=Scripted({"fine": 91.0}), samples=1) == 4
-    assert len(asked) == 3 and [json.loads(line)["question"] for line in out.read_text().splitlines()] == keys
+    assert keep(questions, {"fine": 91.0}) == 4
+    assert len(asked) == 3 and [row["question"] for row in rows_of(out)] == keys
 
 
-def test_an_answer_is_taken_up_again_if_it_was_sampled_alike_a_score_if_the_judge_is_the_same(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
-    out, plain, asked = tmp_path / "kept.jsonl", [replace(questions[0], solution="x")], []
+def test_an_answer_is_taken_up_if_sampled_alike_a_score_if_the_judge_is_the_same(plain, scripted, keep, out):
+    asked = []
     scripted(lambda i, s: asked.append(i) or "fine")
     judge, other = Scripted({"fine": 90.0}), Scripted({"fine": 95.0})
     other.name = "another"
 
     def sample_again(judge, **settings):
-        rejection_sample(policy, processor, plain, out, judge=judge, samples=1, **settings)
-        return json.loads(out.read_text()), len(asked)
+        keep(plain[:1], judge, **settings)
+        return rows_of(out)[0], len(asked)
     assert sample_again(judge, weights="a")[1] == sample_again(judge, weights="a")[1] == 1
     row, count = sample_again(other, weights="a")
     assert (row["judge"], row["score"], count) == ("another", 95.0, 1), "the same answers, judged anew"
     assert sample_again(other, weights="b")[1] == 2 and sample_again(other, weights="b", seed=1)[1] == 3
 
 
-def test_kept_answers_meet_their_questions_by_what_these_say_never_by_place(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
+def test_kept_answers_meet_their_questions_by_what_these_say_never_by_place(plain, scripted, keep, out):
     scripted(lambda i, s: f"<think>about {i}</think>")
-    out, plain = tmp_path / "kept.jsonl", [replace(q, solution="x") for q in questions]
-    rejection_sample(policy, processor, plain, out, judge=Scripted({f"<think>about {i}</think>": 90.0 for i in range(9)}), samples=1)
-    there = {e.problem + str(e.images): e.solution for e in kept_examples(out, plain)}
-    assert {e.problem + str(e.images): e.solution for e in kept_examples(out, plain[::-1])} == there
+    keep(plain, {f"<think>about {i}</think>": 90.0 for i in range(9)})
+    there, reversed_ = ({e.problem + str(e.images): e.solution for e in kept_examples(out, questions)}
+                        for questions in (plain, plain[::-1]))
+    assert there == reversed_
     scripted(lambda i, s: pytest.fail("reversing the questions costs no sample"))
-    assert rejection_sample(policy, processor, plain[::-1], out, judge=Scripted({}), samples=1) == len(plain)
+    assert keep(plain[::-1], {}) == len(plain)
     with pytest.raises(UserError, match="kept from other questions: 1 of its"):
         kept_examples(out, plain[1:])
 
 
-def test_the_kept_file_holds_each_question_as_it_was_asked(world, scripted, tmp_path):
+def test_the_kept_file_holds_each_question_as_it_was_asked(world, plain, scripted, keep, out):
     """Earlier turns, and the places of images: other trainers refuse rows whose images have none."""
-    policy, processor, _, _, questions = world
-    scripted(lambda i, s: "<think>so</think><answer>1</answer>")
-    two = next(q for q in questions if len(q.images) == 2)
-    asked = [replace(questions[0], solution="x", history=(("user", "And before?"), ("assistant", "Yes."))), replace(two, solution="x")]
-    out = tmp_path / "kept.jsonl"
-    rejection_sample(policy, processor, asked, out, samples=1, threshold=0, judge=Scripted({"<think>so</think><answer>1</answer>": 9.0}))
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    scripted(lambda i, s: "<think>so</think>")
+    asked = [replace(plain[0], history=(("user", "And before?"), ("assistant", "Yes."))),
+             next(question for question in plain if len(question.images) == 2)]
+    keep(asked, {"<think>so</think>": 9.0}, threshold=0)
+    rows, processor = rows_of(out), world[1]
     assert [m["role"] for m in rows[0]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert sum(m["content"].count("<image>") for m in rows[1]["messages"]) == 2 == len(rows[1]["images"])
-    read = load_examples(out, image_root="/", allow_outside=True)
-    for again, question in zip(read, asked):
-        assert processor(again).input_ids.tolist() == processor(question).input_ids.tolist(), "read back as it was asked"
+    for again, question in zip(load_examples(out, image_root="/", allow_outside=True), asked):
+        assert processor(again).input_ids.equal(processor(question).input_ids), "read back as it was asked"
 
 
-def test_the_rules_never_keep_a_wrong_answer(world, scripted, tmp_path):
-    policy, processor, _, _, questions = world
+def test_the_rules_never_keep_a_wrong_answer(scripted, keep):
     scripted(lambda i, s: WRONG)
-    asked = [replace(CASE, solution="2")]
-    assert not is_correct(WRONG, CASE)
-    assert rejection_sample(policy, processor, asked, tmp_path / "k.jsonl", samples=2) == 0
+    assert not is_correct(WRONG, CASE) and keep([replace(CASE, solution="2")], Rules(), 2) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
+# ---- Command line ----
 
 def test_answer_prints_and_draws_the_box(world, tmp_path, monkeypatch, capsys):
     _, _, checkpoint, tests, _ = world
@@ -231,7 +227,7 @@ def test_evaluate_takes_the_form_from_the_files_name(world, tmp_path, capsys):
     root = file.split("grpo_data")[0]
     main(["evaluate", "--model", str(checkpoint), "--data", file, "--image_root", root, "--samples", "2",
           "--max_completion_length", "4", "--out", str(tmp_path / "p.jsonl")])
-    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "p.jsonl")
     assert rows and {row["form"] for row in rows} == {"binary"} and {row["temperature"] for row in rows} == {1.0}
     assert "pass@2" in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 from runs import arguments, begun, letters, refused
@@ -28,19 +29,15 @@ def test_one_way_to_the_terminal_makes_everything_safe(capsys):
     assert one_line("a\nb\x1b") == "a b "
 
 
-class Broken(io.StringIO):
-    def write(self, text):
-        raise BrokenPipeError(32, "Broken pipe")
-
-
 def test_a_closed_pipe_or_no_stream_ends_nothing(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Broken())
+    monkeypatch.setattr(sys, "stdout", broken := io.StringIO())
+    monkeypatch.setattr(broken, "write", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
     monkeypatch.setattr(sys, "stderr", None)
     with terminal():
-        print("x" * 9)
         print("y", file=sys.stderr)
         say("z")
-        print("again", flush=True)
+        for _ in range(2):
+            print("x" * 9, flush=True)
 
 
 @pytest.mark.parametrize("error, code", [
@@ -82,17 +79,17 @@ def test_a_reward_of_a_fork_that_fails_names_question_and_answer(reward, words, 
 
 
 def test_every_reward_is_called_by_one_that_tells():
-    example = Example(problem="1 + 1?", solution="2", task="math", where="rows:7")
-    assert safe_reward(accuracy_reward, "<answer>2</answer>", example) == 1.0
+    math, poetry = (Example(problem="?", solution="2", task=task, where="rows:7") for task in ("math", "poetry"))
+    assert safe_reward(accuracy_reward, "<answer>2</answer>", math) == 1.0
     with pytest.raises(RunError, match="rows:7"):
-        safe_reward(accuracy_reward, "<answer>2</answer>", Example(problem="?", solution="2", task="poetry", where="rows:7"))
+        safe_reward(accuracy_reward, "<answer>2</answer>", poetry)
 
 
 # ---- Why nothing is learned ----
 
 def steps(count, **values):
-    return [{"stage": "open", "stage_index": 0, "stage_step": 1, "reward": 0.5, "truncated": 0.0, "equal_groups": 0.0,
-             "logp_gap": 1e-6} | values] * count
+    plain = {"reward": 0.5, "truncated": 0.0, "equal_groups": 0.0, "logp_gap": 1e-6}
+    return [{"stage": "open", "stage_index": 0, "stage_step": 1, **plain, **values}] * count
 
 
 @pytest.mark.parametrize("rows, words", [
