@@ -6,8 +6,7 @@ coordinates are in model pixels. Rows are read in support/rows.py, images are tr
 forms that have no file of their own are derived in forms.py. Departure from the released code: an unusable
 row is an error with file and line, not another row.
 
-Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers; four patches are
-one image token.
+Shapes: P prompt tokens; a patch is 14 x 14 pixels x 3 channels x 2 frames = 1176 numbers, a quarter image token.
 """
 
 import random
@@ -29,8 +28,7 @@ from support.base import MIN_PIXELS, SPECIAL, read_processors, render, save_proc
 from support.images import find_images, image_sizes, load_image, opened
 from support.ranks import gather, world
 from support.rows import (
-    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task,
-    usable_rows)
+    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task, usable_rows)
 from support.words import RunError, UserError, say
 
 MAX_PIXELS = 401_408  # of a resized image: 512 image tokens

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from data import load_examples, model_size, with_places
 from engine import generate, load_policy
-from rewards import (
-    FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of)
+from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of
 from support.answers import extract_answer, parse_boxes
 from support.drawing import view
 from support.files import read_jsonl, sealed, write_aside
