@@ -421,5 +421,13 @@ def test_parquet_needs_the_users_pyarrow_and_makes_files_of_pictures(desk, monke
     one, two = load_examples(desk.out, image_root=desk.root, task="math")
     assert one.problem == "米?" and two.images == one.images * 2, "one picture, one file"
     assert Path(one.images[0]).read_bytes() == content
+    photos = [desk.root / f"{n}.png" for n in range(12)]
+    for n, photo in enumerate(photos):
+        Image.new("RGB", (56, 56), (n, n, n)).save(photo)
+    table[:] = [{"image": {"bytes": photo.read_bytes(), "path": None}, "problem": str(n), "solution": "1"}
+                for photo in photos for n in range(4)]
+    assert convert.main(desk.arguments("parquet", Path("x.parquet"), ["--test_share", 0.4, "--force"])) == 0
+    train, test = ({row["image"] for row in rows_of(path)} for path in (desk.out, desk.test))
+    assert train and test and not train & test, "all questions of a photo are in one"
     table.append({"image": {"bytes": b"none", "path": None}})
-    assert "x.parquet:3: image in it cannot be decoded" in desk.failed("parquet", Path("x.parquet"))
+    assert "x.parquet:49: image in it cannot be decoded" in desk.failed("parquet", Path("x.parquet"))

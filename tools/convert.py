@@ -378,8 +378,17 @@ def rows_in_pixels(args, faults, left_out):
     for where, value in read_rows(args.file):
         with noted(faults, where):
             row = row_in_pixels(one_row(value), Path(where.rpartition(":")[0]), tasks, args)
-            chosen[split_of(row["images"][0] if row["images"] else where, args)].append(row)
+            put(row, row["images"] or [where], chosen, args, left_out)
     return chosen
+
+
+def put(row, photos, chosen, args, left_out):
+    """The row into the split of its photos; one whose photos lie in both is left out."""
+    split, *other = {split_of(photo, args) for photo in photos}
+    if other:
+        left_out["its photos lie in train and in test"] += 1
+    else:
+        chosen[split].append(row)
 
 
 def row_in_pixels(row, file, tasks, args):
@@ -417,7 +426,8 @@ def parquet(args, faults, left_out):
         for n, row in enumerate(batches, 1):
             with noted(faults, f"{args.file}:{n}"):
                 row = with_files(row, Path(args.image_root))
-                chosen[split_of(f"{args.file}:{n}", args)].append(row)
+                photos = one_row(row)["images"] if args.test_share else []
+                put(row, photos or [f"{args.file}:{n}"], chosen, args, left_out)
     return chosen
 
 
