@@ -1,8 +1,8 @@
 """One annotation, three forms (paper, section 3.1): an open example as a yes/no or option question.
 
 A wrong answer must be as likely as the right one to who does not look, or the question would teach to guess.
-So rows lend one another their right answers as wrong ones, two for yes/no, four for options. Of four rows
-that ask "How many cups are there?" `derive_all` makes
+So rows lend one another their right answers as wrong ones, two for yes/no, up to four for options. Of four
+rows that ask "How many cups are there?" `derive_all` makes
 
     3   A. 5  B. 4  C. 3  D. 8 -> C       Is the answer 8? -> no
     4   A. 8  B. 5  C. 3  D. 4 -> D       Is the answer 4? -> yes

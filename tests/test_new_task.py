@@ -1,4 +1,4 @@
-"""A new task is one record: the README's "point", whose answer is a point inside the true box.
+"""A new task is one record: "point", whose answer is a point inside the true box.
 
 What stands between the lines is the whole diff, and it would stand in rewards.py. Nothing else knows it: rows
 are read, checked and resized, questions derived, answers paid, and it trains.
