@@ -655,7 +655,7 @@ def main(argv=None):
             cfg = parse_args(argv)
             train(cfg)
         except (Stopped, Exception) as error:
-            leave(*ending(error, begun=cfg is not None and Path(cfg.out, "config.json").exists()))
+            leave(*ending(error, begun=cfg is not None and os.path.exists(f"{cfg.out}/config.json")))
     if dist.is_initialized():
         dist.destroy_process_group()
 

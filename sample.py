@@ -247,7 +247,7 @@ def merge_partials(out, rows, questions, threshold, judge):
     for question, key, row in rows:
         prose = task_of(question) is TASKS["general"]
         scored = [(score, -n) for n, score in enumerate(row["scores"]) if score is not None]
-        right = [pair for pair in scored if prose or is_correct(row["answers"][-pair[1]], question)]
+        right = [pair for pair in scored if prose or safe_reward(is_correct, row["answers"][-pair[1]], question)]
         score, place = max(right, default=(0, 0))
         if score > threshold:
             kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [

@@ -89,7 +89,7 @@ def result_table(run, label):
 
 def commit():
     """The project's commit, "-dirty" if files differ from it; "unknown" outside of a clone."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(["git", f"--git-dir={here / '.git'}", f"--work-tree={here}", *describe], check=True,

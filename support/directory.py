@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from support.base import checkpoint_folder
+from support.base import checkpoint_folder, first_line
 from support.files import (
     clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
 from support.ranks import gather, world
@@ -64,6 +65,8 @@ class RunDirectory:
         except BlockingIOError:
             raise UserError(f"--out {self.out}: another process runs in it; wait for its end, or name another "
                             "directory") from None
+        except OSError as error:  # a file system without locks, as some Lustre and NFS are mounted
+            say(f"--out {self.out} cannot be locked ({error}): start no second run in it")
 
     def stage_end(self, index):
         """Where the end of a stage is kept."""
@@ -107,7 +110,7 @@ class RunDirectory:
         try:
             files = self._write_share(aside, policy, processor, optimizer)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of them
-            problem = f"{path} could not be written ({str(error).splitlines()[0]})"
+            problem = f"{path} could not be written ({first_line(error)})"
         shares = gather((problem, files))
         if problems := [problem for problem, _ in shares if problem]:
             if world()[0] == 0:
@@ -123,9 +126,13 @@ class RunDirectory:
                 shutil.rmtree(path)
             aside.rename(path)
             sync(path.parent)
-            for old in sorted((self.out / "checkpoints").glob("[0-9]*/"))[:-KEPT_CHECKPOINTS]:
+            for old in [old for old in self._checkpoints() if old.name < path.name][:1 - KEPT_CHECKPOINTS or None]:
                 shutil.rmtree(old)
         gather(None)
+
+    def _checkpoints(self):
+        """Directories that this program named checkpoints, oldest first."""
+        return sorted(path for path in (self.out / "checkpoints").glob("*/") if re.fullmatch(r"\d{7}", path.name))
 
     def _digests(self, paths):
         """{path below the run: digest} of files, and of all files of checkpoints."""
@@ -251,6 +258,8 @@ class RunDirectory:
         self.out.mkdir(parents=True, exist_ok=True)
         self._take()
         clear_leftovers(self.out)
+        for damaged in [path for path in self._checkpoints() if int(path.name) > step]:
+            shutil.rmtree(damaged)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         if step:
             write_aside(self.out / "metrics.jsonl", (Path(path) / "metrics.jsonl").read_text("utf-8"))
@@ -258,8 +267,10 @@ class RunDirectory:
         if samples.exists():
             rows = [row for row in read_jsonl(samples) if row.get("step", step + 1) <= step]
             write_aside(samples, "".join(json.dumps(row) + "\n" for row in rows))
-        for file in self.out.glob("rejected-[0-9]*"):
-            if int(file.name.split("-")[1].split(".")[0]) > state["stage"] + 1:
+        finished = state["stage"] + (not changed or state["stage_step"] > 0)  # or sampled by what is still so
+        for file in self.out.glob("rejected-*"):
+            name = re.match(r"rejected-(\d+)\.jsonl", file.name)
+            if name and int(name[1]) > finished:
                 file.unlink()
         rows = state.get("results", [])
         if (self.out / "results.json").exists() and not state["stage_step"]:
@@ -268,10 +279,10 @@ class RunDirectory:
                 rows = rows + [row for row in read_record(self.out / "results.json")["rows"] if row["name"] == own]
             except UserError as error:
                 say(f"{error}; what it said since the checkpoint is found out again")
-        write_record(self.out / "results.json", {"rows": rows})
         if changed:
             record["changes"].append({"after_step": step, "changed": changed})
-        write_record(self.out / "config.json", record)
+        write_record(self.out / "config.json", record)  # first: without it the directory is a stranger's
+        write_record(self.out / "results.json", {"rows": rows})
         return rows
 
     def write_results(self, rows, predictions):
@@ -305,7 +316,7 @@ def made_of(cfg, examples):
 def shown_as(file, folder):
     """The path of a file relative to `folder` where it lies in it, else its name."""
     relative = os.path.relpath(file, folder or ".")
-    return os.path.basename(file) if relative.startswith("..") else relative
+    return os.path.basename(file) if relative.split(os.sep)[0] == ".." else relative
 
 
 def model_digest(path):

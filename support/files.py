@@ -93,7 +93,7 @@ def read_record(path):
 def read_jsonl(path):
     """The complete rows of a JSONL file of this program's, whose writer may have been killed in a line."""
     rows = []
-    for line in Path(path).read_text("utf-8").splitlines():
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -92,6 +92,7 @@ def ending(error, begun):
     number = error.args[0] if isinstance(error, Stopped) else signals.number
     if number:  # also if it has ended another rank first, and so a collective operation here
         saved = "everything is saved, continue with --resume" if begun else kept
+        saved = str(error) if isinstance(error, RunError) else saved  # which may be that nothing could be saved
         return f"stopped by {signal.Signals(number).name}; {saved}", 128 + number
     if isinstance(error, UserError):
         return str(error), 1 if isinstance(error, RunError) else 2
