@@ -1,5 +1,7 @@
 """Marks and what many tests share. `-m "not slow"` leaves out tests that start processes, for a run within 90 seconds."""
 
+import signal
+
 import pytest
 
 import currreft
@@ -10,6 +12,7 @@ from support.tiny import tiny_checkpoint, tiny_data
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts whole training runs as processes, with ranks and kills")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores, and so would runs
 
 
 @pytest.fixture(scope="session")
