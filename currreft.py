@@ -39,7 +39,6 @@ import hashlib
 import logging
 import math
 import re
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -221,8 +220,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, beta=0.04, epsilon=0.2
 
 
 def sft_loss(logp, mask, num_tokens):
-    """Mean negative log-likelihood of the answers' tokens. logp, mask (R, T); num_tokens: the whole step's.
-    """
+    """Mean negative log-likelihood of the answers' tokens. logp, mask (R, T); num_tokens: the whole step's."""
     return -(logp * mask).sum() / num_tokens
 
 
@@ -293,7 +291,7 @@ def update(run, stage, step, groups):
     It and the reference are scored once, however many updates follow; "kl" and "clipped" are summed over all.
     Without KL, groups whose rewards are all equal are left out: their gradient is exactly zero.
     """
-    cfg, sums, scored = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, scored=0), {}
+    cfg, sums, old_and_ref = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, compared=0), {}
     groups = [group for group in groups if cfg.beta or group.advantages.any()]
     batches = [groups[i:i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)]
     packs = [run.pack([group.prompt for group in batch],
@@ -302,17 +300,17 @@ def update(run, stage, step, groups):
     for _ in range(cfg.updates_per_rollout):
         for m, (batch, packed) in enumerate(zip(batches, packs)):
             logp = token_logps(run.policy, packed, run.bias, cfg.temperature)  # (R, T)
-            if m not in scored:
+            if m not in old_and_ref:
                 with torch.no_grad():
                     logp_ref = token_logps(run.reference, packed, run.bias, cfg.temperature) \
                         if cfg.beta else None
-                scored[m] = logp.detach(), logp_ref
+                old_and_ref[m] = logp.detach(), logp_ref
                 sampled = torch.cat([o.logps for group in batch for o in group.completions]).to(logp.device)
                 at_tokens = logp.detach().flatten()[packed.completion_slots]
                 sums["logp_gap"] += (at_tokens - sampled).abs().sum()
-                sums["scored"] += len(sampled)
+                sums["compared"] += len(sampled)
             advantages = torch.cat([group.advantages for group in batch]).to(logp.device)  # (R,)
-            loss, token_sums = grpo_loss(logp, *scored[m], advantages, packed.mask, cfg.beta, cfg.epsilon,
+            loss, token_sums = grpo_loss(logp, *old_and_ref[m], advantages, packed.mask, cfg.beta, cfg.epsilon,
                                          cfg.prompts_per_step * cfg.num_generations)
             loss.backward()
             sums.update(token_sums)
@@ -335,7 +333,7 @@ def statistics(groups, sums):
     if entropies := [o.entropy for o in completions if o.entropy is not None]:  # not every generator knows it
         values["entropy"] = torch.cat(entropies)
     return {**{name: (value.double().sum().item(), value.numel()) for name, value in values.items()},
-            "logp_gap": (sums["logp_gap"], sums["scored"]),
+            "logp_gap": (sums["logp_gap"], sums["compared"]),
             "kl": (sums["kl"], sums["tokens"]), "clip_fraction": (sums["clipped"], sums["tokens"])}
 
 
@@ -445,8 +443,7 @@ class Run:
     # ---- One optimizer step ----
 
     def optimizer_step(self, stage, step, base_lr):
-        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm).
-        """
+        """Reduce, clip and apply gradients; non-finite ones are skipped on all ranks (they share the norm)."""
         self.learning_rate = learning_rate(self.cfg, stage, step, base_lr)
         self.grad_norm = self.optimizer.reduce_gradients(MAX_GRAD_NORM)
         if math.isfinite(self.grad_norm):
@@ -491,7 +488,7 @@ class Run:
                 rests_on.append(self.directory.stage_end(stage.index - 1))  # the reference
         self.directory.save(path, state, self.policy, self.processor, optimizer, rests_on)
 
-    def resume(self):
+    def begin_or_resume(self):
         """Begin the run directory, or go on from its furthest whole checkpoint: (stage index, its steps done).
 
         UserError if --out cannot be begun or continued, if the run is not made of what it was, or if the base
@@ -543,7 +540,7 @@ def train(cfg):
     """The whole run: data, evaluation of the base, stage after stage with checkpoint and evaluation."""
     run = begin(cfg)
     with run.directory:  # nobody else's until the end
-        reached, done = run.resume()
+        reached, done = run.begin_or_resume()
         if not done:  # nothing is done twice: a row of results that is there already is left alone
             run.evaluate(cfg.curriculum[reached - 1].label if reached else "base")
         for stage in cfg.curriculum[reached:]:
@@ -563,8 +560,7 @@ def train(cfg):
 
 
 def begin(cfg):
-    """Join the other ranks, check all data, tell what memory is needed: what can fail before a model loads.
-    """
+    """Join the other ranks, check all data, tell what memory is needed: what can fail before a model loads."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news

@@ -128,10 +128,10 @@ class Engine:
         # Reading `done` stalls a GPU, and every number of slots is a graph: ask seldom, grow much.
         self.stride, self.bucket = (16, 256) if self.capture else (4, 16)
         self.longest = -(-prompt_length // self.bucket) * self.bucket
-        self.tail = -(-(max_new + self.longest * (not shared)) // self.bucket) * self.bucket
+        self.tail = -(-(max_new + (0 if shared else self.longest)) // self.bucket) * self.bucket
         # A group keeps its prompt while its rows end one by one: there may be more than full ones.
         self.groups, self.shared = 2 * rows // width if shared else rows, shared
-        self.cache = Cache(model, self.groups * shared, self.longest, rows, self.tail)
+        self.cache = Cache(model, self.groups if shared else 0, self.longest, rows, self.tail)
         self.bias = forbidden_bias(model, processor)
         self.end_ids = torch.tensor(processor.end_ids, device=device)
         slots = self.longest + self.tail

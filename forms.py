@@ -145,12 +145,12 @@ def sets_of(rows: list[Lender], size: int, lent: int) -> tuple[list, list]:
 
 
 def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -> list[Lender]:
-    """Of rows in no set those to be asked all the same; says how many are not or may be guessed."""
+    """Of rows in no set those to be asked all the same: all, or those alone that no row lends a wrong answer."""
     alone = [row for row in rest if row.has_options(form)
              or not any(map(row.could_take, _sample(row, rows, seed)))]
-    surplus, saved = len(rest) - len(alone), len(rows) - len(rest)
+    surplus, in_sets = len(rest) - len(alone), len(rows) - len(rest)
     name = f"{form} {rows[0].example.task}" if rows else form
-    if surplus > max(3, 0.03 * len(rows)) and len(rows) > FEW and saved >= 0.1 * (saved + surplus):
+    if surplus > max(3, 0.03 * len(rows)) and len(rows) > FEW and in_sets >= 0.1 * (in_sets + surplus):
         say(f"{name}: {surplus} of {len(rows)} rows are left out: answers like theirs are so "
             "frequent that they could be guessed")
         rest = alone

@@ -200,7 +200,7 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     bar.close()
-    gather(None)
+    judge.problem = next(filter(None, gather(judge.problem)), "")  # of any rank; by now all have written
     kept = gather(merge_partials(out, answered(out, sampled, judge), questions, threshold, judge)
                   if rank == 0 else None)[0]
     if isinstance(kept, str):
@@ -246,11 +246,11 @@ def merge_partials(out, rows, questions, threshold, judge):
         say(said)
     for question, key, row in rows:
         prose = task_of(question) is TASKS["general"]
-        scored = [(score, -n) for n, score in enumerate(row["scores"]) if score is not None]
-        right = [pair for pair in scored if prose or safe_reward(is_correct, row["answers"][-pair[1]], question)]
-        score, place = max(right, default=(0, 0))
+        right = [(score, answer) for score, answer in zip(row["scores"], row["answers"])
+                 if score is not None and (prose or safe_reward(is_correct, answer, question))]
+        score, answer = max(right, key=lambda pair: pair[0], default=(0, ""))  # of equal ones the first
         if score > threshold:
-            kept.append({"messages": chat_turns(question, row["answers"][-place]), "images": [
+            kept.append({"messages": chat_turns(question, answer), "images": [
                 os.path.abspath(image) for image in question.images], "question": key, "score": score,
                 "judge": judge.name, "source": question.where})
     write_aside(out, "".join(json.dumps(row) + "\n" for row in kept))
@@ -294,6 +294,8 @@ def answer(args):
 
 def evaluate_files(args):
     """Evaluate a checkpoint on files; print the table and save every prediction."""
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no such directory")
     model, processor = load_policy(args.model, args.device, max_pixels=args.max_pixels)
     examples = []
     for path in args.data:

@@ -126,7 +126,7 @@ class RunDirectory:
                 shutil.rmtree(path)
             aside.rename(path)
             sync(path.parent)
-            for old in [old for old in self._checkpoints() if old.name < path.name][:1 - KEPT_CHECKPOINTS or None]:
+            for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:  # `begin` has removed what was later
                 shutil.rmtree(old)
         gather(None)
 
@@ -229,8 +229,8 @@ class RunDirectory:
         except UserError as error:
             changed = [str(error)]
         if changed and not settings["allow_changes"]:
-            raise UserError("this is not what the run was begun with:\n  " + "\n  ".join(changed)
-                            + "\nResume with what it had, or accept the changes with --allow_changes; they are written down")
+            raise UserError("\n  ".join(["this is not what the run was begun with:", *changed]) + "\nResume with what "
+                            "it had, or accept the changes with --allow_changes; they are written down")
         for sentence in changed:
             say(f"accepted: {sentence}")
         return record, changed
@@ -304,13 +304,19 @@ def made_of(cfg, examples):
 
     Files and images are named relative to --data and --image_root where they lie in them.
     """
-    files = sorted({example.where.rpartition(":")[0] for example in examples})
-    images = sorted({image for example in examples for image in example.images})
+    files = {example.where.rpartition(":")[0] for example in examples}
+    images = {image for example in examples for image in example.images}
+    return {"data": digests(files, cfg.data), "images": digests(images, cfg.image_root or cfg.data),
+            "model": model_digest(cfg.model), "code": code_digest()}
+
+
+def digests(files, folder):
+    """{name: digest} of files; of those elsewhere that have one name, all their digests."""
+    files, found = list(files), {}
     with ThreadPoolExecutor(8) as pool:
-        return {"data": {shown_as(file, cfg.data): digest(file) for file in files},
-                "images": dict(zip((shown_as(image, cfg.image_root or cfg.data) for image in images),
-                                   pool.map(digest, images))),
-                "model": model_digest(cfg.model), "code": code_digest()}
+        for file, value in zip(files, pool.map(digest, files)):
+            found.setdefault(shown_as(file, folder), []).append(value)
+    return {name: " ".join(sorted(values)) for name, values in sorted(found.items())}
 
 
 def shown_as(file, folder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import currreft
 from currreft import main
 from runs import after_step, arguments, begun, letters, outcome, refused
-from support.directory import RunDirectory
+from support.directory import RunDirectory, digests
 from support.files import digest
+from support.signals import Stopped, ending, signals
 from support.tiny import tiny_checkpoint, tiny_image
+from support.words import RunError
 
 STAGES = ["--stages", "binary:4", "reject:3", "--save_every", "2"]
 pytestmark = pytest.mark.usefixtures("learnable")
@@ -94,6 +97,16 @@ def test_the_same_bytes_elsewhere_are_no_change(killed, undisturbed, base, tmp_p
     assert outcome(tmp_path / "run") | elsewhere == undisturbed[1] | elsewhere
 
 
+def test_images_elsewhere_of_one_name_are_told_apart_by_their_bytes(tmp_path):
+    files = [tmp_path / folder / "1.png" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(b"same")
+    before = digests(files, tmp_path / "data")
+    files[0].write_bytes(b"other")
+    assert before != digests(files, tmp_path / "data") == digests(files[::-1], tmp_path / "data")
+
+
 def test_another_base_setting_or_code_is_named(killed, base, tmp_path, monkeypatch, capsys):
     shutil.copytree(base[0], model := tmp_path / "model")
     resume = resumable(killed, (model, base[1]), tmp_path)
@@ -136,7 +149,7 @@ DAMAGE = {
 
 
 def flipped(data, place):
-    return data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1:]
+    return data[:place] + bytes([data[place] ^ 0xd5]) + data[place + 1:]
 
 
 CHECKPOINT = [f"checkpoints/0000002/{name}" for name in (
@@ -182,6 +195,19 @@ def test_what_is_damaged_in_an_end_of_a_stage_is_trained_again(undisturbed, base
     main(arguments(base, out, *STAGES, "--resume"))
     assert "2-reject is damaged (model.safetensors is not what was written)" in capsys.readouterr().err
     assert outcome(out) == undisturbed[1]
+
+
+def test_damaged_checkpoints_take_no_place_and_a_strangers_files_stay(killed, base, tmp_path):
+    """What is saved after a start from the base is kept, whatever later numbers lie there."""
+    resume, points = resumable(killed, base, tmp_path), tmp_path / "run" / "checkpoints"
+    for name in ("0000003", "0000009", "300-best"):
+        shutil.copytree(points / "0000002", points / name)
+    for point in points.iterdir():
+        DAMAGE["zeros"](point / "model.safetensors")
+    (points.parent / "rejected-2_old.jsonl").touch()
+    begun(resume)
+    assert {path.name for path in points.iterdir()} == {"0000002", "300-best"}
+    assert (points.parent / "rejected-2_old.jsonl").exists()
 
 
 def test_steps_skipped_before_a_kill_are_counted_after_it(base, tmp_path, monkeypatch):
@@ -232,6 +258,12 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_the_last_checkpoint(base, un
     monkeypatch.setattr(torch, "save", original)
     main(arguments(base, out, *STAGES, "--resume"))
     assert outcome(out) == undisturbed[1]
+
+
+def test_a_signal_whose_save_failed_does_not_say_that_everything_is_saved(monkeypatch):
+    monkeypatch.setattr(signals, "number", signal.SIGTERM)
+    assert ending(RunError("it could not be written"), True) == ("stopped by SIGTERM; it could not be written", 143)
+    assert ending(Stopped(signal.SIGINT), True)[0].startswith("stopped by SIGINT; everything is saved")
 
 
 def test_weights_that_are_not_finite_are_never_saved(base, tmp_path, capsys):

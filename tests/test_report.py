@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock, call
@@ -111,6 +112,11 @@ def test_a_base_model_is_named_without_the_machines_path(tmp_path, name, hub):
     found, said = card.base_model(name)
     assert found == hub and str(tmp_path) not in said and (hub or "`base`") in said
     assert yaml.safe_load(card.front_matter(found)).get("base_model") == hub
+
+
+def test_a_card_names_the_commit_of_the_project():
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert card.commit().removesuffix("-dirty") == (head.stdout.strip() or "unknown")
 
 
 @pytest.mark.parametrize("text", ["a|b", "`rm`", "x\n# y\n---\n", "\x1b[31m<script>", "", "|", "é ✓"])

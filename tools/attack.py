@@ -43,7 +43,7 @@ def attack(words, out, rng, kills):
             time.sleep(rng.uniform(2, 6))
             os.killpg(process.pid, number)  # a zombie, too, has an id
         said = process.communicate(timeout=300)[1]
-        if "Traceback" in said or process.returncode and not number:
+        if "Traceback" in said or process.returncode == 2 or process.returncode and not number:
             raise RuntimeError(f"life {life}, {number}: {process.returncode}, {said[-3000:]}")
         if process.returncode == 0:
             break
