@@ -54,7 +54,7 @@ def make_prompt(processor, length, seed=0):
     return Prompt(ids, pixels, torch.tensor([[1, 2 * side, 2 * side]]))
 
 
-def plain(model):
+def as_transformers(model):
     """The same model as transformers runs it; `attach_attention` makes it ours again."""
     model.set_attn_implementation("sdpa")
     for module in model.modules():

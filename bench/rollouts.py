@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs
+from bench.ground import Cost, build, compared, alternately, make_prompt, as_transformers, plain_inputs
 from data import Prompt
 from engine import Engine, generate
 from packed import attach_attention
@@ -50,7 +50,7 @@ def beside_generate(size, device, repeats, B, G, P, C):
     def sample(prompts, n, new, temperature):
         how = {"do_sample": True, "top_k": 0} if temperature else {  # not then: it costs time
             "suppress_tokens": processor.forbidden_ids(len(model.lm_head.weight))}
-        out = plain(model).generate(
+        out = as_transformers(model).generate(
             **plain_inputs(processor, prompts, device), **how, num_return_sequences=n,
             min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
         return out[:, P:].tolist(), None

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import transformers
 
-from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs, timed
+from bench.ground import Cost, build, compared, alternately, make_prompt, as_transformers, plain_inputs, timed
 from currreft import Config, Run, Stage, group_advantages, rollout, update
 from data import instruction
 from packed import attach_attention, forbidden_bias, pack, token_logps
@@ -33,7 +33,7 @@ def group_update(size, device, repeats, G, P, C):
 
     def separate():
         inputs = plain_inputs(processor, rows, device)
-        out = plain(model).train()(**inputs, use_cache=False, logits_to_keep=C + 1)
+        out = as_transformers(model).train()(**inputs, use_cache=False, logits_to_keep=C + 1)
         logps = out.logits[:, :-1].float().log_softmax(-1)
         logps.gather(2, inputs["input_ids"][:, P:, None]).sum().backward()
         model.zero_grad()

@@ -51,7 +51,7 @@ from support.words import UserError, command
 
 # ---- Tokenizer and model ----
 
-SPECIAL_TOKENS = [f"<|{name}|>" for name in (
+DEMO_SPECIALS = [f"<|{name}|>" for name in (
     "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad").split()]
 
 
@@ -72,7 +72,7 @@ def corpus_tokenizer(lessons):
     bpe = byte_bpe([*prompts, *answers, *words, *words], 1024, split, min_frequency=2)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096,
-        additional_special_tokens=SPECIAL_TOKENS)
+        additional_special_tokens=DEMO_SPECIALS)
     added = "<think>", "</think>", "<answer>", "</answer>", *sorted(rules)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     system = r"{% if loop.first.*?{% endif %}"  # there is none
@@ -82,7 +82,7 @@ def corpus_tokenizer(lessons):
 
 def build_model(tokenizer, seed):
     """A random Qwen2.5-VL of 1.7 M parameters, of initial weights with which it learns fast."""
-    end, _, stop, left, right, _, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    end, _, stop, left, right, _, image, video = tokenizer.convert_tokens_to_ids(DEMO_SPECIALS)
     text = dict(
         vocab_size=64 * math.ceil(len(tokenizer) / 64),  # padded, as Qwen's is
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

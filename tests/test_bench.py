@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.ground import Cost, build, compared, alternately, make_prompt, plain, plain_inputs
+from bench.ground import Cost, build, compared, alternately, make_prompt, as_transformers, plain_inputs
 from bench.rollouts import beside_vllm, shared_prompts, vllm_pair
 from bench.updates import Turns, full_step, group_update, our_run
 from engine import generate
@@ -70,7 +70,7 @@ def test_updates_do_the_same_work_packed_and_in_rows(model):
     row = pack(attach_attention(model[0]), [prompt], [group.tolist()])
     ours = token_logps(model[0], row, 0 * forbidden_bias(*model).nan_to_num())
     rows = [replace(prompt, input_ids=torch.cat([prompt.input_ids, answer])) for answer in group]
-    logits = plain(model[0])(**plain_inputs(model[1], rows, "cpu"), logits_to_keep=4).logits
+    logits = as_transformers(model[0])(**plain_inputs(model[1], rows, "cpu"), logits_to_keep=4).logits
     theirs = logits[:, :-1].log_softmax(-1).gather(2, group[..., None])[..., 0]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert {"packed s", "separate / packed"} <= set(group_update("demo", "cpu", 1, G=2, P=40, C=3))

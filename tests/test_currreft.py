@@ -17,6 +17,7 @@ from currreft import Config, Stage, group_advantages, main, seed_from
 from data import batch_indices, load_data
 from packed import forbidden_bias, pack, packed_hidden
 from support.optimizer import ShardedAdamW
+from tools import check
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def test_help_names_every_field(capsys):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name} " in said for field in dataclasses.fields(Config)) and "paper 2e-5" in said
+
+
+def test_the_check_takes_a_step_of_each_grpo_stage_and_writes_nothing(flags, tmp_path, capsys):
+    assert check.main([*flags, "--out", str(tmp_path / "run"), "--stages", "binary:4", "open:3", "reject:2"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("time of a step") == 2 and "7 steps of GRPO planned" in said and not (tmp_path / "run").exists()
 
 
 def test_a_tiny_run_learns_through_all_stages(train, tmp_path):

@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_rooms_of_support_have_no_circle():
         for name in leaves:
             del below[name]
     assert not below
+
+
+def test_a_name_is_one_thing():
+    """No two modules define the same name at their top level; every command has its `main`."""
+    names = Counter()
+    for file in project_files():
+        for node in ast.parse(file.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            names.update({name for t in targets if (name := getattr(t, "name", getattr(t, "id", None)))})
+    assert [name for name, count in names.items() if count > 1] == ["main"]
 
 
 def test_errors_and_the_way_to_the_terminal_need_no_torch():

@@ -22,7 +22,7 @@ from support.tiny import tiny_checkpoint, tiny_data
 from support.words import command
 
 SIGNALS_SENT = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-FLAGS = ("--prompts_per_step 2 --num_generations 4 --max_completion_length 24 --sft_batch 2 "
+RUN_FLAGS = ("--prompts_per_step 2 --num_generations 4 --max_completion_length 24 --sft_batch 2 "
          "--lr 1e-3 --sft_lr 1e-3 --reject_samples 4 --reject_threshold 0 --save_every 5 "
          "--stages binary:30 open:20 reject:20").split()
 
@@ -77,7 +77,7 @@ def main(argv=None):
         model, data = tiny_checkpoint(f"{folder}/model"), tiny_data(f"{folder}/data")
         launcher = ["-m", "support.launch", "--standalone", f"--nproc_per_node={args.ranks}"]
         words = [sys.executable, *launcher[:4 * (args.ranks > 1)], "currreft.py",
-                 "--model", str(model), "--data", str(data), *FLAGS]
+                 "--model", str(model), "--data", str(data), *RUN_FLAGS]
         attack(words, whole := Path(folder, "whole"), rng, 0)
         expected = fingerprint(whole)
         for number in range(args.runs):

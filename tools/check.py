@@ -64,7 +64,7 @@ def take_step(run, stage):
         f"    answered {one_line(answer.text)}{' (truncated)' * answer.truncated}\n"
         f"    accuracy {group.accuracy[0]:g}, format {group.format[0]:g}\n"
         f"    log-probabilities while sampling against scoring: mean difference "
-        f"{sums['logp_gap'] / sums['scored']:.2g} (rounding: 1e-6 in float32, 0.005 in bfloat16)\n"
+        f"{sums['logp_gap'] / sums['compared']:.2g} (rounding: 1e-6 in float32, 0.005 in bfloat16)\n"
         f"    time of a step: about {seconds:.1f} s, {sampled - started:.1f} s of it the rollout")
     return seconds
 

@@ -79,7 +79,7 @@ def corners(box, size, written):
     return [int(n) if n == int(n) else n for n in inside]
 
 
-def plain(text):
+def clean_text(text):
     """A text on one line; UserError if it is none, or spells what the chat format or answers reserve."""
     if not isinstance(text, str) or not (text := " ".join(text.split())):
         raise UserError(f"{str(text)[:80]!r} is no text to ask for.")
@@ -148,7 +148,7 @@ def coco(args, faults, left_out):
     for where, entry in by_id(value, "annotations", faults).values():
         with noted(faults, where):
             key = value_of(entry, "image_id", images)
-            name = plain(categories[value_of(entry, "category_id", categories)][1].get("name"))
+            name = clean_text(categories[value_of(entry, "category_id", categories)][1].get("name"))
             if not (size := image_of(images[key][1])[1]):
                 raise UserError(f"its image, {images[key][0]}, has no width and height in whole pixels.")
             things[key].append((name, corners(entry.get("bbox"), size, "xywh"), bool(entry.get("iscrowd"))))
@@ -179,7 +179,7 @@ def yolo(args, faults, left_out):
             raise UserError("it is neither class, x, y, width, height nor class and corners of a polygon.")
         xs, ys = numbers[::2], numbers[1::2]
         box = corners([min(xs), min(ys), max(xs), max(ys)], size, "fractions")
-        return plain(names[int(category)]), box, False
+        return clean_text(names[int(category)]), box, False
 
     def lines(text):
         return [(f":{n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -191,7 +191,7 @@ def voc(args, faults, left_out):
     def thing(node, size):
         keys = ("xmin", "ymin", "xmax", "ymax")
         x1, y1, x2, y2 = (float(node.findtext(f"bndbox/{key}") or "nan") for key in keys)
-        return (plain(node.findtext("name")), corners([x1 - 1, y1 - 1, x2, y2], size, "xyxy"),
+        return (clean_text(node.findtext("name")), corners([x1 - 1, y1 - 1, x2, y2], size, "xyxy"),
                 node.findtext("difficult") == "1")
 
     def objects(text):
@@ -266,7 +266,7 @@ def refcoco(args, faults, left_out):
             continue
         with noted(faults, where):
             (name, size), boxes = image_of(image), boxes_in(entry)
-            texts = [plain(text).rstrip(" .?!") for text in texts_in(entry) or texts_in(image) or [""]]
+            texts = [clean_text(text).rstrip(" .?!") for text in texts_in(entry) or texts_in(image) or [""]]
             for problem in (f"Where is {text}?" for text in dict.fromkeys(texts)):
                 found.append(Candidate(where, name, size, "detection", problem, boxes, str(name)))
                 meant[str(name), problem.lower()].add(str(boxes))
