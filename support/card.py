@@ -1,6 +1,5 @@
-"""The model card of a finished stage: README.md beside its weights, with the numbers that the run itself
-wrote down.
-"""
+"""The model card of a finished stage: README.md beside its weights, with the numbers that the run wrote down."""
+
 import dataclasses
 import json
 import re
@@ -17,6 +16,7 @@ from support.tables import wilson
 
 HIDDEN = {"model", "data", "image_root", "out", "questions", "judge_url", "resume", "allow_changes", "report_to"}
 
+
 def code(value):
     """Any text as Markdown code that a table cell can hold: on one line, nothing in it acts."""
     text = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'").replace("|", "\\|")
@@ -24,8 +24,7 @@ def code(value):
 
 
 def base_model(name):
-    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name.
-    """
+    """(hub name or None, what to call it): no path of this machine. A hub cache's folder tells the hub name."""
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{Path(name).absolute()}/")
     if cached or not Path(name).exists():
         hub = "/".join(cached.groups()) if cached else str(name)
@@ -99,9 +98,7 @@ def commit():
 
 
 def card(run, stage, instruction):
-    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; instruction: see
-    write_cards.
-    """
+    """The text of a finished stage's card; run: currreft.Run, stage: its currreft.Stage; see `write_cards`."""
     hub, base = base_model(run.cfg.model)
     template = Template((Path(__file__).parent / "card.md").read_text("utf-8"))
     return template.substitute(
@@ -113,8 +110,7 @@ def card(run, stage, instruction):
 
 
 def write_cards(run, instruction):
-    """README.md for every finished stage that has none: also for one whose run was killed before its card was
-    written.
+    """README.md for every finished stage that has none: also for one whose run was killed before it was written.
 
     instruction: what a prompt of open detection ends with, for the example of its use.
     """

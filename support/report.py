@@ -9,7 +9,7 @@ import sys
 import uuid
 from importlib import import_module
 
-from support.words import UserError
+from support.words import RunError, UserError
 
 
 class Reporter:
@@ -26,8 +26,7 @@ class Reporter:
                             "metrics.jsonl has every number") from error
 
     def start(self, out, settings, step):
-        """Begin the tracker's run for the run directory `out`, or continue it after `step` steps; else
-        UserError.
+        """Begin the tracker's run for the run directory `out`, or continue it after `step` steps; else RunError.
 
         tensorboard: in out/tensorboard. wandb: under the id kept in out/wandb_id, and where its WANDB_..
         variables say. A tracker that is new to a resumed run is told the steps so far.
@@ -39,16 +38,14 @@ class Reporter:
         try:
             self.send = (to_tensorboard if self.kind == "tensorboard" else to_wandb)(self.module, mark, settings, step)
         except Exception as error:  # whatever a tracker raises that finds no login, network or disk
-            raise UserError(f"--report_to {self.kind} could not start ({error}). Put that right, or leave the flag "
+            raise RunError(f"--report_to {self.kind} could not start ({error}). Put that right, or leave the flag "
                             "out, and continue with --resume") from error
         if not known and step:
             for line in (out / "metrics.jsonl").read_text().splitlines():
                 self(json.loads(line))
 
     def __call__(self, row):
-        """Send a row, whose "step" it belongs to. The first failure is said, and then nothing is sent any
-        more.
-        """
+        """Send a row, whose "step" it belongs to. The first failure is said, and ends the sending."""
         try:
             if self.send:
                 self.send(row)
@@ -77,9 +74,7 @@ def to_tensorboard(module, mark, settings, step):
 
 
 def to_wandb(module, mark, settings, step):
-    """A function that sends a row, drawn over its "step": wandb's own counter refuses steps that are taken
-    again.
-    """
+    """A function that sends a row, drawn over its "step": wandb's own counter refuses steps taken again."""
     if not mark.exists():
         mark.write_text(uuid.uuid4().hex)
     run = module.init(project=os.environ.get("WANDB_PROJECT", "curr-reft"), id=mark.read_text(), resume="allow",

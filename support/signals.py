@@ -61,8 +61,7 @@ class Signals:
 
     @contextmanager
     def held(self):
-        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile.
-        """
+        """What is done in here is finished first; then Stopped is raised if a signal has arrived meanwhile."""
         self.holding = True
         try:
             yield

@@ -1,5 +1,4 @@
-"""Words to the user: errors that are sentences, and one way to the terminal for all that is printed. Needs no
-torch.
+"""Words to the user: errors that are sentences, and one way to the terminal. Needs no torch.
 
 Control characters and escapes become visible marks, whether they come from a row, a file's name, a judge or a
 library; what the locale cannot write becomes an escape; and a pipe that was closed, or no stream at all, ends
@@ -18,15 +17,11 @@ KEPT = {"\n", "\t"}
 
 
 class UserError(Exception):
-    """A mistake in data, files or flags. `str(error)` is read by the user: what is wrong, and what to do
-    about it.
-    """
+    """A mistake in data, files or flags. `str(error)` is read by the user: what is wrong, and what to do."""
 
 
 class RunError(UserError):
-    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1 instead of
-    2.
-    """
+    """Why a run cannot go on though its settings are right: a full disk, a dead peer. Exits with 1, not 2."""
 
 
 def say(text):
@@ -41,8 +36,7 @@ def one_line(text, limit=300):
 
 
 def visible(text):
-    """Text in which nothing acts on a terminal: "\\x1b[2J" -> "?[2J". A progress bar's leading "\\r" stays.
-    """
+    """Text in which nothing acts on a terminal: "\\x1b[2J" -> "?[2J". A progress bar's leading "\\r" stays."""
     bar = "\r" * (len(text) - len(text.lstrip("\r")))
     return bar + "".join(c if c.isprintable() or c in KEPT else "?" for c in text[len(bar):])
 
@@ -92,8 +86,7 @@ def terminal():
 def command(main):
     """Decorator of a command's main(argv=None): it returns the exit code, and a user's mistake is a sentence.
 
-    0 or what `main` returns; 2 for a UserError or a file that cannot be used (1 for a RunError); 130 after
-    Ctrl-C.
+    0 or what `main` returns; 2 for a UserError or a file that cannot be used; 1 for a RunError; 130 after Ctrl-C.
     """
     @functools.wraps(main)
     def run(argv=None):
