@@ -25,16 +25,19 @@ from rewards import FORMS, TASKS, Example, resize_boxes, task_of
 from support import warnings
 from support.answers import BOX, MAX_ANSWER, extract_answer, truth_of
 from support.base import MIN_PIXELS, SPECIAL, read_processors, render, save_processors
+from support.boxes import boxes_in, doubt
 from support.images import find_images, image_sizes, load_image, opened
 from support.ranks import gather, world
 from support.rows import (
-    attempt, bare, check_names, declared_tasks, find_files, form_of, one_row, read_rows, row_task, usable_rows)
+    attempt, check_names, declared_tasks, find_files, form_of, read_rows, row_task, usable_rows)
+from support.shapes import bare
 from support.words import RunError, UserError, say
 
 MAX_PIXELS = 401_408  # of a resized image: 512 image tokens
 MAX_TEXT = 200_000  # characters of a question or truth
 RESERVED = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")  # <|im_end|>, <|image_pad|>; half a character
 PROSE = ("open", "general")  # form and task whose truth is a reference, maybe prose or a draft
+VERDICTS = {"y": "yes", "t": "yes", "1": "yes", "n": "no", "f": "no", "0": "no"}  # as data may have them
 NUMBER = re.compile(r"\b[1-9]")  # that a change of size changes: no 0, and no "_2d"
 
 
@@ -268,17 +271,35 @@ def load_examples(path, *, image_root=None, form=None, task=None, max_pixels=MAX
                    chat_task=chat_task, allow_outside=allow_outside, elsewhere=elsewhere)
     drafts = [(where, attempt(read, row, where)) for where, row in rows]
     found = [draft for _, draft in drafts if isinstance(draft, Example)]
+    if own := {row["task"] for _, row in rows if isinstance(row, dict) and row["task"]} - {*TASKS}:
+        say(f"{path}: tasks named {', '.join(sorted(own))} are read as --task says")
     sizes = image_sizes(image for draft in found for image in draft.images)
     results = [(where, attempt(checked, draft, sizes, max_pixels)) for where, draft in drafts]
+    stated = {file_of(where) for where, row in rows if isinstance(row, dict) and row["box_format"]}
+    conventions = box_conventions(found, sizes, stated)
+    usable = usable_rows(path, results, [refused for refused, _ in conventions if refused], skip_bad_rows)
     placed = {name for name, record in TASKS.items() if record.resize}
-    sized = [(truth_of(draft), sizes[draft.images[0]]) for draft in found
-             if draft.task in placed and draft.images]
-    boxes = [(tuple(map(float, numbers)), size) for truth, size in sized if isinstance(size, tuple)
-             for _, *numbers in BOX.findall(truth)]
-    usable = usable_rows(path, results, warnings.box_convention(boxes), skip_bad_rows)
-    for sentence in warnings.in_a_file(usable, boxes, elsewhere, placed):
+    for sentence in [told for _, told in conventions if told] + warnings.in_a_file(usable, elsewhere, placed):
         say(f"{path}: {sentence}")
     return usable
+
+
+def file_of(where: str) -> str:
+    """The file of "file:line"."""
+    return where.rpartition(":")[0]
+
+
+def box_conventions(drafts, sizes: dict, stated: set) -> list[tuple[str, str]]:
+    """(why a file is refused, or what is told of it), "" for none, by the boxes of each file; stated: files
+    that say how they write them."""
+    boxes = {}
+    for draft in drafts:
+        size = sizes[draft.images[0]] if draft.images and TASKS[draft.task].resize else None
+        if isinstance(size, tuple):
+            found = boxes_in(f"{draft.problem}\n{truth_of(draft)}")
+            boxes.setdefault(file_of(draft.where), []).extend((box, size) for box in found)
+    return [doubt(found, stated=file in stated, command=f"python -m tools.convert rows {file}")
+            for file, found in boxes.items()]
 
 
 def read_example(row, where, *, root, form, tasks, chat_task, allow_outside, elsewhere) -> Example:
@@ -286,8 +307,11 @@ def read_example(row, where, *, root, form, tasks, chat_task, allow_outside, els
 
     `elsewhere` gets the names of images that are paths of another machine.
     """
-    row, file = one_row(row), Path(where.rpartition(":")[0])
-    task = row_task(row, file, tasks, chat_task) or ("general" if row["chat"] else None)
+    file = Path(file_of(where))
+    if row["box_format"] not in (None, "xyxy"):
+        raise UserError(f'its "box_format" is {row["box_format"]!r}, not xyxy; `python -m tools.convert rows` '
+                        "writes such boxes.")
+    task = row_task(row, file, tasks, TASKS, chat_task) or ("general" if row["chat"] else None)
     if task not in TASKS:
         raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
     free = task == "general" and row["chat"]
@@ -295,6 +319,8 @@ def read_example(row, where, *, root, form, tasks, chat_task, allow_outside, els
         raise UserError(f'its "form" is {form!r}, not one of {", ".join(FORMS)}.')
     problem, history = row["problem"], row["history"]
     solution = row["solution"] if task == "general" else bare(row["solution"])
+    if form == "binary":
+        solution = VERDICTS.get(solution.lower(), solution)
     texts = [problem, *(text for _, text in history)]
     check_text("".join([solution, *texts]))
     images, n = find_images(row["images"], root, file, allow_outside, elsewhere), len(row["images"])

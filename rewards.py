@@ -304,8 +304,8 @@ def math_truth_error(example, image_size):
     truth = truth_of(example)
     if image_size and parse_boxes(truth):
         return f"the truth {truth[:80]!r} of a math row is a box; --task can name each file's task."
-    if re.match(r'\[\s*["{]', truth):
-        return f"the truth {truth[:80]!r} of a math row is a list; keep the one that is right."
+    if re.match(r'\[\s*["{]|\{\s*"', truth):
+        return f"the truth {truth[:80]!r} of a math row is a list or an object; keep the one that is right."
     if "####" in truth or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", truth)) > 12:
         return f"the truth {truth[:80]!r} of a math row is prose, equal to no answer; give it bare."
 

@@ -2,11 +2,16 @@
 
 import math
 import os
+import re
+import unicodedata
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -81,11 +86,12 @@ def resolve_image(name, root, allow_outside: bool = False) -> str:
     """The image's path under `root`, a folder or several; UserError if it is not there, or outside.
 
     An absolute path of another machine loses parts from the left until it exists: /elsewhere/coco/1.jpg ->
-    root/coco/1.jpg. Any other name means that file alone.
+    root/coco/1.jpg. A name may be written in other letters (case, %20, \\, Unicode) or without its ending.
     """
-    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > MAX_NAME:
+    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > MAX_NAME \
+            or name.startswith(("data:", "http:", "https:")):
         raise UserError(f"{str(name)[:80]!r} is not the path of an image. Images inside of a row "
-                        "(bytes, base64) are not read; make files of them (docs/data.md).")
+                        "(bytes, base64) or on the web are not read; make files of them (docs/data.md).")
     roots = [Path(os.path.abspath(r)) for r in ([root] if isinstance(root, str | Path) else root)]
     name = name.removeprefix("file://")
     paths = [Path(os.path.normpath(base / name)) for base in roots]  # absolute: replaces the base
@@ -93,13 +99,42 @@ def resolve_image(name, root, allow_outside: bool = False) -> str:
     parts = PureWindowsPath(os.path.normpath(name)).parts  # knows / and \\, and C:
     elsewhere = PureWindowsPath(name).root and ".." not in parts
     tails = (base.joinpath(*parts[n:]) for base in roots for n in range(1, len(parts)) if elsewhere)
-    for path in chain(found, tails):
+    spelled = (path for base in roots for n in (range(1, len(parts)) if elsewhere else [0])
+               for path in [respelled(base, parts[n:])] if path)
+    for path in chain(found, tails, spelled):
         inside = allow_outside or any(path.is_relative_to(base) for base in roots)
         if inside and os.path.isfile(path):
             return str(path)
     leaves = ", or allow paths that leave it with --allow_outside" if found else ""
     raise UserError(f"no image {name[:200]} under {' or '.join(map(str, roots))}; name its folder "
                     f"with --image_root{leaves}.")
+
+
+def respelled(base: Path, parts):
+    """The only path below `base` that has these names in other letters; None for none or several."""
+    for part in parts:
+        names = listing(str(base)).get(plain_name(part), []) if part != ".." else []
+        if len(names) != 1:
+            return None
+        base = base / min(names)
+    return base
+
+
+@lru_cache(256)
+def listing(folder: str) -> dict[str, set[str]]:
+    """{plain name, or that without its ending: names} of a folder's entries."""
+    found = defaultdict(set)
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            found[plain_name(name)].add(name)
+            found[plain_name(Path(name).stem)].add(name)
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A name without what may differ: "Caf%C3%A9.PNG" -> "café.png"; of a bare number, as COCO's, the zeros."""
+    name = unicodedata.normalize("NFC", unquote(name)).casefold()
+    return name if name.endswith(ENDINGS) else re.sub(r"^(?:coco_[a-z]+20[0-9]{2}_)?0*(?=[0-9]+$)", "", name)
 
 
 def find_images(names, root, file, allow_outside: bool, elsewhere: list) -> tuple[str, ...]:
@@ -113,7 +148,7 @@ def find_images(names, root, file, allow_outside: bool, elsewhere: list) -> tupl
              for name in names]
     names = [name.removeprefix("file://") for name in names]
     elsewhere += [name for name, path in zip(names, paths)
-                  if PureWindowsPath(name).root and os.path.normpath(name) != path]
+                  if not path.endswith(os.path.normpath(name)) and not os.path.isfile(name)]
     return tuple(paths)
 
 

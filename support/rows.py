@@ -1,38 +1,21 @@
-"""Files of rows: where they lie in a data directory, how they are read, and what their names say.
-
-Rows as people have them -> the one row that data.py reads; tables tell what each part is called.
-
-    {"problem": text, "solution": text, "history": [(role, text), ..], "images": [path, ..],
-     "task": text or None, "form": text or None, "chat": were they turns that end in the answer?}
-
-Read are problem and solution under any of their names, and chats of role/content (OpenAI, TRL, LLaMA-Factory,
-ms-swift) or from/value (LLaVA, Qwen2.5-VL's fine-tuning, VLM-R1, InternVL, Geo170K, MathV360K), contents as
-text or as a list of parts, ending in the answer or in a question with its truth beside. What would be left
-unread and changes what is asked (a video, a picture under another key, a place for one) is a UserError.
-"""
+"""Files of rows: where they lie in a data directory, how they are read, and what their names say."""
 
 import json
 import os
 import re
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
-from support.answers import extract_answer
-from support.images import ENDINGS
+from support.shapes import PROBLEMS, TURNS, one_row, option_styles
 from support.words import UserError, say
 
-PROBLEMS = ("problem", "question", "query", "prompt")  # the first that a row has
-SOLUTIONS = ("solution", "answer", "ground_truth", "response")
-TURNS = ("messages", "conversations", "prompt")  # these as a list of turns
-ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("user", "assistant", "system")}
-IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a list of them
-FILES = ("file_name", "filename", "path")  # likewise, if they end as images do
-UNREAD = ".tif .tiff .heic .avif .svg .mp4 .avi .mov .mkv .webm .wav .mp3"
-MEDIA_ENDINGS = (*ENDINGS, *UNREAD.split())
-MEDIA = re.compile(r"(?i)(image|img|picture|photo|video|audio)s?_?(path|file|name|url|list|[0-9]{1,3})?s?")
-PLACE = re.compile(r"<(?:video|audio|bbox|ref-object|ref|box|quad|img|image_?\d{1,3}|ImageHere)>")
-SPEAKS = re.compile(r"(?i)<image>|\b(?:image|picture|photo|figure|diagram)s?\b")
-CLOSING = re.compile(r"(?i)(?:####|\b(?:the )?(?:final |correct )?answer(?: is)?:|\bthe (?:final |correct )?"
-                     r"answer is)\s*(?:option )?([^\s.][^\n]*?)\.?\s*$")
+UNPACK, TO_JSON = "unpack it", 'pandas.read_csv(FILE).to_json("open.jsonl", orient="records", lines=True)'
+FOREIGN = {  # how files of other kinds become rows
+    ".parquet": "python -m tools.convert parquet FILE ..", ".csv": TO_JSON, ".tsv": TO_JSON,
+    ".arrow": "datasets.load_from_disk(DIR).to_parquet(FILE), then python -m tools.convert parquet FILE ..",
+    ".tar": UNPACK, ".gz": UNPACK, ".tgz": UNPACK, ".zip": UNPACK, ".xml": "python -m tools.convert voc FOLDER ..",
+    ".txt": "python -m tools.convert yolo FOLDER .."}
 
 
 # ---- A data directory ----
@@ -64,9 +47,11 @@ def find_files(data_dir) -> dict:
     places = (root / "SFT_data" / "reject", root / "questions.jsonl")
     questions = next(filter(os.path.exists, places), None)
     if not (any(train.values()) or test or questions):
+        kinds = Counter(path.suffix.lower() for path in islice(root.rglob("*"), 10_000) if path.is_file())
+        there = "".join(f"\n    {n} x {kind}: {FOREIGN[kind]}" for kind, n in kinds.items() if kind in FOREIGN)
         raise UserError(f"{root} holds no data: looked in it and in its grpo_data for train/binary.jsonl (or "
                         "judge, choice, open) and test/*.jsonl, for SFT_data/reject/*.jsonl and for "
-                        "questions.jsonl.")
+                        f"questions.jsonl.{' There are' * bool(there)}{there}")
     return {"train": train, "test": test, "questions": questions}
 
 
@@ -97,10 +82,14 @@ def file_key(declared, file) -> str:
     return max(keys, key=len, default="")
 
 
-def row_task(row: dict, file, declared: dict, chat_task=None):
-    """A row's own task, else its file's, else a chat's `chat_task`, else that of all others."""
+def row_task(row: dict, file, declared: dict, known, chat_task=None):
+    """A row's own task, else its file's, else a chat's `chat_task`, else that of all others.
+
+    A set's own word for its tasks, "closed choice", is none of the `known` ones, and is told where one is declared.
+    """
     named = declared[key] if (key := file_key(declared, file)) else None
-    return row["task"] or named or row["chat"] and chat_task or declared.get("")
+    named = named or row["chat"] and chat_task or declared.get("")
+    return row["task"] if row["task"] in known or not named else named
 
 
 def check_names(declared, paths) -> None:
@@ -114,14 +103,25 @@ def check_names(declared, paths) -> None:
 # ---- A file ----
 
 def read_rows(path) -> list[tuple]:
-    """[("file:line", row, or a UserError for a broken one)] of a file, or of a folder but `*_test`.
+    """[("file:line", row as `one_row` gives it, or a UserError)] of a file, or of a folder but `*_test`.
 
     A file holds JSON values, each beginning a line; one list of objects; or one object of objects (then the
-    number of the object stands for the line).
+    number of the object stands for the line). Columns that are not read are told.
     """
     files = [file for file in json_files(path) if not file.stem.endswith("_test")]
-    files = files if Path(path).is_dir() else [Path(path)]
-    return [(f"{file}:{number}", row) for file in files for number, row in file_rows(file)]
+    found = []
+    for file in files if Path(path).is_dir() else [Path(path)]:
+        rows = file_rows(file)
+        try:
+            styles = option_styles([row for _, row in rows])
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        read = [(f"{file}:{number}", attempt(one_row, row, styles)) for number, row in rows]
+        unread = Counter(name for _, row in read if isinstance(row, dict) for name in row["unread"])
+        if unread:
+            say(f"{file}: not read are the columns {', '.join(unread)}")
+        found += read
+    return found
 
 
 def file_rows(file) -> list[tuple]:
@@ -129,15 +129,17 @@ def file_rows(file) -> list[tuple]:
     try:
         if not file.is_file() and file.exists():
             raise UserError(f"{file} is no regular file.")
+        if advice := FOREIGN.get(file.suffix.lower()):
+            raise UserError(f"{file} is no JSON: {advice}")
         text = file.read_text("utf-8-sig")  # any line ends
     except (OSError, UnicodeError) as error:
         raise UserError(f"{file} cannot be read as JSON in UTF-8: {error}.") from error
     rows = json_values(text) or [(n, parsed(x)) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
     whole = rows[0][1] if len(rows) == 1 else None
     if isinstance(whole, dict) and not {*PROBLEMS, *TURNS} & {*whole}:
-        if {"images", "annotations"} <= {*whole}:
-            raise UserError(f"{file} is an annotation file of the COCO kind; make rows of it with python -m "
-                            "tools.convert.")
+        if {"images", "annotations"} <= {*whole} or "shapes" in whole:
+            raise UserError(f"{file} is an annotation file of the COCO kind (or LabelMe's, which its own tools write "
+                            "as COCO); make rows of it with python -m tools.convert.")
         values = list(whole.values())
         lists = [value for value in values if isinstance(value, list) and isinstance((value or [0])[0], dict)]
         if len(lists) == 1:  # {"version": 1, "data": [rows]}
@@ -171,20 +173,20 @@ def parsed(line: str):
         return UserError(f"broken JSON ({error}).")
 
 
-def usable_rows(path, results, convention: str, skip: bool) -> list:
+def usable_rows(path, results, conventions: list[str], skip: bool) -> list:
     """The values among `results` of a file, [("file:line", value or UserError)].
 
-    UserErrors are raised as one, or with `skip` counted, unless none is left or the file as a whole seems to
-    mean something else, as the sentence `convention` says.
+    UserErrors are raised as one, or with `skip` counted, unless none is left or a file as a whole means
+    something else, as the sentences `conventions` say.
     """
     usable = [value for _, value in results if not isinstance(value, UserError)]
     errors = [f"{where}: {error}" for where, error in results if isinstance(error, UserError)]
     if not results:
         raise UserError(f"{path} holds no rows.")
-    if errors and (convention or not skip or not usable):
-        head = f"{path}: {len(errors)} of {len(results)} rows cannot be used."
-        tail = convention or "Correct these rows, or drop them with --skip_bad_rows."
-        raise UserError("\n".join([head, *first(errors), tail]))
+    if conventions or errors and not (skip and usable):
+        head = [f"{path}: {len(errors)} of {len(results)} rows cannot be used."] if errors else []
+        tail = conventions or ["Correct these rows, or drop them with --skip_bad_rows."]
+        raise UserError("\n".join([*head, *first(errors), *tail]))
     if errors:
         say(f"{path}: dropped {len(errors)} of {len(results)} rows, the first {errors[0]}")
     return usable
@@ -202,122 +204,3 @@ def attempt(function, item, *arguments):
         return item if isinstance(item, UserError) else function(item, *arguments)
     except UserError as error:
         return error
-
-
-# ---- A row ----
-
-def one_row(row) -> dict:
-    """A row of any known shape as the one of the heading; else a UserError says what is wrong."""
-    if isinstance(row, UserError):
-        raise row
-    if not isinstance(row, dict):
-        raise UserError("the row is not a JSON object {..}.")
-    turns, names = turns_of(row)
-    spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
-    alternating = (["user", "assistant"] * len(spoken))[:len(spoken)]
-    if spoken in ([], ["assistant"]) or spoken != alternating or not all(text for _, text in turns):
-        raise UserError("its turns must alternate user and assistant, none empty, and end with the reference "
-                        'answer, or with a question whose "solution" stands beside.')
-    chat = answered = spoken[-1] == "assistant"
-    if not answered or any(row.get(name) is not None for name in SOLUTIONS[:3]):
-        chat, solution = False, text_of(row, SOLUTIONS)
-        turns = [*turns[:len(turns) - answered], ("assistant", solution)]
-    *history, (_, problem), (_, solution) = turns
-    if place := PLACE.search("\n".join(text for _, text in turns)):
-        raise UserError(f"a text says {place[0]}, and nothing is put there; write it out.")
-    task, form = row.get("task"), row.get("form")
-    if not isinstance(task, str | None) or not isinstance(form, str | None):
-        raise UserError(f'its "task" {task!r} or its "form" {form!r} is no name.')
-    images, solution = image_names(row, names, problem), solution.replace("thinking>", "think>")
-    return {"problem": problem, "solution": solution, "chat": chat, "images": images, "history": history,
-            "task": task, "form": form}
-
-
-def text_of(row: dict, names) -> str:
-    """The text under the first of `names` that the row has; a number or a list as its JSON."""
-    values = {name: row[name] for name in names if row.get(name) is not None}
-    texts = [value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-             for value in values.values()]
-    if not texts or not texts[0]:
-        raise UserError(f'it has no "{names[0]}" (or {", ".join(names[1:])}), or an empty one.')
-    rivals = [text for name, text in zip(values, texts) if name in SOLUTIONS[:3]]
-    if len({extract_answer(text) or text for text in rivals}) > 1:
-        raise UserError(f'it has two truths, "{rivals[0][:40]}" and "{rivals[1][:40]}"; keep one.')
-    return texts[0]
-
-
-def turns_of(row: dict) -> tuple[list, list]:
-    """([(role, text), ..], [image, ..]) of a row; of problem and solution one turn of the user."""
-    lists = [key for key in TURNS if isinstance(row.get(key), list)]
-    if not (keys := lists + [key for key in TURNS[:2] if row.get(key)]):
-        return [("user", text_of(row, PROBLEMS))], []
-    turns, names = read_turns(row[keys[0]], keys[0])
-    if keys[0] == "prompt" and isinstance(row.get("completion"), list):
-        turns += read_turns(row["completion"], "completion")[0]
-    return turns, names
-
-
-def read_turns(turns, key: str) -> tuple[list, list]:
-    """The same of a list of turns; images in a list of parts stand as <image> in its text."""
-    read, names = [], []
-    try:
-        for turn in turns:
-            content = turn["content" if "content" in turn else "value"]
-            parts = content if isinstance(content, list) else [content]
-            text = "".join(read_part(part, names) for part in parts).strip()
-            read.append((ROLES[turn.get("role") or turn.get("from")], text))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'"{key}" must be a list of {{"role" or "from": user, assistant or system, "content" '
-                        'or "value": text, or a list of parts}.') from error
-    return read, names
-
-
-def read_part(part, names: list) -> str:
-    """A part's text; an image's is <image>, and its name, if the part has one, goes to `names`."""
-    if isinstance(part, str):
-        return part
-    part_type = part.get("type") or next(iter(part), None)
-    if part_type == "text":
-        return part["text"]
-    if part_type not in ("image", "image_url"):
-        raise UserError(f"a message has a part of type {str(part_type)[:40]!r}, no text or image.")
-    name = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
-    names += [name["url"] if isinstance(name, dict) and "url" in name else name] if name else []
-    return "<image>"
-
-
-def image_names(row: dict, named: list, problem: str) -> list:
-    """Names of the row's images, those `named` in its turns included; UserError for one unread."""
-    given = {"its turns": named} if named else {}
-    given |= {key: value if isinstance(value, list) else [value] for key, value in row.items()
-              if value and (key in IMAGES or key in FILES and names_media(value))}
-    names = next(iter(given.values()), [])
-    last = [[str(name).rpartition("/")[2] for name in others] for others in given.values()]
-    if any(others != last[0] for others in last):
-        raise UserError(f'{" and ".join(given)} name different images; keep one of them.')
-    for key, value in row.items():
-        unread = MEDIA.fullmatch(key) or not names and names_media(value)
-        if value and key not in given and unread:
-            raise UserError(f'its "{key}" seems to name a picture, a video or a sound, and is not read; '
-                            f'{", ".join(IMAGES)} name images. Rename it, or take it out.')
-    if not names and any(key in row for key in IMAGES) and SPEAKS.search(problem):
-        raise UserError("it speaks of an image that is empty; name it, or take the key out.")
-    return names
-
-
-def names_media(value) -> bool:
-    """Whether a value is, or lists, the name of a picture, a video or a sound."""
-    names = value if isinstance(value, list) else [value]
-    return any(isinstance(name, str) and name.lower().endswith(MEDIA_ENDINGS) for name in names)
-
-
-def bare(solution: str) -> str:
-    """A truth in prose that closes with its answer, as reasoning and answer; any other as it is.
-
-    "3 + 4 = 7. The answer is 7." -> "<think>3 + 4 = 7.</think><answer>7</answer>"; also "#### 7".
-    """
-    match = CLOSING.search(solution, max(0, len(solution) - 300))
-    if not match or "<answer>" in solution or "<think>" in solution:
-        return solution
-    before = solution[:match.start()].strip()
-    return (f"<think>{before}</think>" if before else "") + f"<answer>{match[1].strip()}</answer>"

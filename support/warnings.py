@@ -5,49 +5,48 @@ Knows no task: whether answers are places in an image is handed in.
 
 import os
 import re
+from collections import Counter
 
 from support.answers import BOX, parse_letters, truth_of
+from support.boxes import boxes_in
 from support.numbers import elements, parse_number
 from support.words import say
 
 NUMBER_LIST = re.compile(r"\[\s*-?[0-9.]+(?:\s*,\s*-?[0-9.]+)+\s*\]")
-CONVERT = "`python -m tools.convert rows FILE --boxes"
+OWN_RULES = re.compile(r"(?i)\\boxed\b|</?(?:answer|think\w*|reason\w*|summary|caption|conclusion)>|"
+                       r"\b0 (?:to|and|-) 1(?:000)?\b|\bnormali[sz]ed\b|\bin JSON\b|\bsingle (?:word|number)\b")
+PATCH = 14  # pixels of a patch: what is smaller is hardly seen
 
 
-def box_convention(boxes) -> str:
-    """How a file's boxes seem to be written if not as two corners in pixels; "" without a sign.
+def in_a_file(examples, elsewhere, placed) -> list[str]:
+    """Sentences about the examples of one file.
 
-    boxes: [((four numbers), (width, height) of its image), ..]. One strange box in ten is a sign.
+    elsewhere: images that were found under another name; placed: tasks whose answers are places in an image,
+    which are converted to the pixels that the model sees.
     """
-    beyond = sum(box[2] > size[0] + 1 or box[3] > size[1] + 1 for box, size in boxes)
-    turned = sum(box[2] <= box[0] or box[3] <= box[1] for box, _ in boxes)
-    sized = all(0 <= box[n] <= size[n] + 1 - box[n + 2] for box, size in boxes for n in (0, 1))
-    if turned and turned >= 0.1 * len(boxes) and sized:
-        return (f"Of {len(boxes)} boxes {turned} are none as two corners, and all fit as [x, y, width, "
-                f"height], which they seem to be. {CONVERT} xywh` writes corners.")
-    if beyond and beyond >= 0.1 * len(boxes) and all(0 <= min(box) and max(box) <= 1000 for box, _ in boxes):
-        return (f"Of {len(boxes)} boxes {beyond} leave their image, and all lie within 0 to 1000: they seem "
-                f"to be thousandths of it. {CONVERT} thousandths` writes pixels.")
-    return ""
-
-
-def in_a_file(examples, boxes, elsewhere, placed) -> list[str]:
-    """Sentences about the examples of one file and its boxes, [(box, image size), ..].
-
-    elsewhere: images that were named by paths of another machine; placed: tasks whose answers are places in
-    an image, which are converted to the pixels that the model sees.
-    """
-    wide = [max(box) for box, size in boxes if min(size) > 1300]
     twice = len(examples) - len({same(example) for example in examples})
     others = [e for e in examples if e.images and e.task not in placed]
     asked = [e.where for e in others if any(not mark for mark, *_ in BOX.findall(e.problem))]
     answered = [e.where for e in others if e.form == "open" and NUMBER_LIST.search(truth_of(e))]
+    boxes = [box for e in examples if e.task in placed for box in boxes_in(truth_of(e))]
+    small = [box for box in boxes if min(box[2] - box[0], box[3] - box[1]) < PATCH]
+    bare = [e.where for e in examples if not e.images]
+    rules = [(e.where, found[0]) for e in examples if (found := OWN_RULES.search(e.problem))]
+    lists = [e.where for e in examples if e.task == "classify" and truth_of(e).startswith('["')]
+    shown, most = Counter(image for e in examples for image in e.images).most_common(1)[0] if len(bare) < len(
+        examples) else ("", 0)
     sentences = [
-        (len(wide) >= 20 and 800 < max(wide) <= 1000,
-         f"no box passes 1000, though {len(wide)} are of images above 1,300 pixels; if they are thousandths "
-         f"of the image, {CONVERT} thousandths` writes pixels"),
+        (bare, f"{len(bare)} of {len(examples)} rows have no picture, the first {bare[:1]}"),
+        (most > max(50, len(examples) / 2), f"{most} of {len(examples)} rows show one picture, {shown}"),
         (twice, f"{twice} of {len(examples)} rows are there more than once"),
-        (elsewhere, f"{len(elsewhere)} images are found by the ends of paths of another machine"),
+        (elsewhere, f"{len(elsewhere)} images are found by the ends of paths of another machine, or by other "
+                    "letters of their names"),
+        (small, f"{len(small)} of {len(boxes)} boxes are less than {PATCH} pixels (a patch) wide or high as the "
+                "model sees them; raise --max_pixels, or crop the pictures"),
+        (rules, f"{len(rules)} questions have rules of their own on how to answer beside those that are added, "
+                f"the first {rules[:1]}; take them out if they say something else"),
+        (lists, f"{len(lists)} truths are lists of labels: an answer must name all of them; of ways to say one, "
+                "keep one"),
         (asked, f"{len(asked)} questions of tasks without boxes hold lists of four numbers, the first "
                 f'{asked[:1]}; only a marked box, {{"bbox_2d": [..]}}, is set in model pixels'),
         (answered, f"{len(answered)} answers of tasks without `resize` hold lists of numbers, the first "

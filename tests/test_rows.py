@@ -112,6 +112,69 @@ def test_files_are_lists_objects_and_lines(root):
         load_examples(root / "rows.json", task="math")
 
 
+# A file's rows, and what each must ask and hold as its truth: nothing that carries the question is lost.
+LETTERED = "Which?\nA. cat\nB. dog"
+WHOLE = {
+    "ScienceQA": ([{"question": "Which?", "choices": ["cat", "dog"], "answer": n, "hint": hint, "image": "a.png",
+                    "task": "closed choice", "lecture": "Of pets.", "solution": "A dog it is, as one sees."}
+                   for n, hint in ((1, "A pet."), (0, ""))], [(f"A pet.\n{LETTERED}", "B"), (LETTERED, "A")]),
+    "AI2D": ([{"question": "Which?", "options": texts, "answer": n, "image": "a.png"} for texts, n in (
+        (["2", "0", "3", "1"], "2"), (["cat", "dog"], "0"))],
+        [("Which?\nA. 2\nB. 0\nC. 3\nD. 1", "C"), (LETTERED, "A")]),
+    "counted from 1": ([{"question": "Which?", "options": ["cat", "dog"], "label_id": 1, "answer": n} for n in (1, 2)],
+                       [(LETTERED, "A"), (LETTERED, "B")]),
+    "MMMU": ([{"question": "In <image 2>, not <image 1>?", "options": "['cat', \"dog\"]", "answer": "B",
+               "image_1": "a.png", "image_2": "b.png", "image_3": None, "question_type": "multiple-choice"},
+              {"question": "<image 1> How many?", "options": "[]", "answer": "3", "image_1": "a.png"}],
+             [("In <image>, not <image>?\nA. cat\nB. dog", "B"), ("How many?", "3")]),
+    "MathVista": ([{"question": "Which?", "choices": ["cat", "dog"], "answer": "dog", "image": "a.png",
+                    "query": "Hint: give the letter.\nQuestion: Which?\nChoices:\n(A) cat\n(B) dog"}], [(LETTERED, "B")]),
+    "Video-R1": ([{"problem": "Which?", "options": ["A. cat", "B. dog"], "solution": "<answer>B</answer>",
+                   "path": "./a.png", "data_type": "image"}], [(LETTERED, "B")]),
+    "MMBench": ([{"question": "Which?", "hint": float("nan"), "A": "cat", "B": "dog", "C": None, "answer": "A"}],
+                [(LETTERED, "A")]),
+    "choice_a": ([{"question": "Which?", "choice_a": "cat", "choice_b": "dog", "answer": "b"}], [(LETTERED, "B")]),
+    "ARC": ([{"question": "Which?", "choices": {"text": ["cat", "dog"], "label": ["A", "B"]}, "answerKey": "B"}],
+            [(LETTERED, "B")]),
+    "listed already": ([{"question": LETTERED, "options": {"A": "cat", "B": "dog"}, "answer": ["A", "B"]}],
+                       [(LETTERED, "A, B")]),
+    "verl": ([{"data_source": "x", "prompt": [turn("user", f"<image>{ASK}")], "images": ["a.png"],
+               "reward_model": {"style": "rule", "ground_truth": "1"}, "extra_info": {"question": ASK}}],
+             [(f"<image>{ASK}", "1")]),
+    "lmm-r1": ([{"message": json.dumps([turn("user", [{"type": "image", "image": "a.png"}, TEXT_PART])]),
+                 "question": ASK, "answer": "1"}], [(ASK, "1")]),
+    "alpaca": ([{"instruction": "Add.", "input": "1 + 1", "output": "2"}], [("Add.\n1 + 1", "2")]),
+    "MATH": ([{"problem": ASK, "solution": r"There is one, so it is $\boxed{1}$.", "answer": "1"}], [(ASK, "1")]),
+    "DocVQA": ([{"question": ASK, "answers": ["one", "1", "1"]}], [(ASK, "1")]),
+}
+
+
+@pytest.mark.parametrize("shape", WHOLE)
+def test_options_hints_and_places_are_part_of_the_question(root, shape, processor, capsys):
+    rows, expected = WHOLE[shape]
+    found = load_rows(root, *rows, task="math")
+    assert [(example.problem.removeprefix("<image>"), truth_of(example)) for example in found] == [
+        (problem.removeprefix("<image>"), truth) for problem, truth in expected]
+    for example in found:
+        assert accuracy_reward(taught(example), example) == 1.0 and len(processor(example).input_ids)
+
+
+def test_system_and_history_stand_before_the_question(root):
+    row = {"system": "Be brief.", "history": [["What is there?", "Cups."]], "query": "And more?", "response": "3"}
+    (example,) = load_rows(root, row, task="math")
+    assert example.history == (("system", "Be brief."), ("user", "What is there?"), ("assistant", "Cups."))
+
+
+def test_columns_that_are_not_read_are_told_once(root, capsys):
+    rows = [{"id": n, "question": ASK, "answer": "1", "rationale": "As seen.", "imageId": "b", "source": "web",
+             "grid_3d": [1]} for n in range(3)]
+    assert [example.images[0] for example in load_rows(root, *rows, task="math")] == [str(root / "b.png")] * 3
+    said = capsys.readouterr().err
+    assert said.count("not read are the columns rationale, grid_3d") == 1 and "3 images are found" in said
+    load_rows(root, *[{"question": f"{n}?", "answer": "1"} for n in range(3)], task="math")
+    assert "3 of 3 rows have no picture" in capsys.readouterr().err
+
+
 # ---- Tasks and forms of files ----
 
 def settings(root, *flags):
@@ -167,6 +230,12 @@ MISREAD = [
     ({"problem": "Find <ref-object>"}, "<ref-object>"), ({"solution": "<bbox>"}, "<bbox>"),
     ({"problem": "Read <|image_pad|> this"}, "image_pad"), ({"solution": "3<|im_end|>"}, "im_end"),
     ({"problem": "half \ud800"}, "ud800"), ({"problem": "x" * 300_000}, "300,001 characters"),
+    ({"prompt": [turn("user", "Another one?")]}, "ask different things"), ({"history": "Hi"}, '"history" must be'),
+    ({"options": ["1", "2"]}, "none of its options"), ({"options": [["1"]]}, "no list of texts"),
+    ({"options": "see picture"}, "no list of texts"), ({"options": ["4", "3"], "choices": ["3"]}, "different opt"),
+    ({"options": ["2", "0", "3"], "solution": "2"}, "may be the options' text or index"), ({"hint": 3}, "no text"),
+    ({"imageId": "77"}, "no image 77"), ({"image_1": "a.png", "problem": "In <image 2>?"}, "the images 2, and it has"),
+    ({"answers": [3], "solution": None}, "no list of texts"), ({"solution": {"text": "3"}}, "or an object"),
     ({"problem": None}, '"problem"'), ({"task": ["math"]}, "no name"), ({"answer": "4"}, "two truths"),
     (chat([{"type": "video", "video": "a"}]), "'video'"), ({"messages": "Hi"}, "must be a list"),
     ({"messages": [turn("tool", "x"), turn("user", "y")]}, "must be a list"),
@@ -197,7 +266,7 @@ def test_what_would_be_misread_is_a_sentence_with_file_and_line(root, fields, wo
     row = fields if "messages" in fields else {"problem": ASK, "solution": "3", "task": "math"} | fields
     with pytest.raises(UserError) as error:
         load_rows(root, row)
-    assert f"{root / 'rows.jsonl'}:1: " in str(error.value) and words in str(error.value)
+    assert f"{root / 'rows.jsonl'}:" in str(error.value) and words in str(error.value)
 
 
 def test_marked_boxes_of_any_task_are_converted_and_others_counted(root, capsys):
@@ -220,7 +289,7 @@ def where(boxes):
 
 @pytest.mark.parametrize("boxes, words", [
     ([[200, 300, 900, 950], [10, 20, 700, 800], [100, 5, 400, 950]], "thousandths"),
-    ([[100, 50, 80, 40], [200, 100, 90, 60], [10, 10, 300, 200]], "[x, y, width, height]")])
+    ([[100, 50, 80, 40], [200, 100, 90, 60], [10, 10, 300, 200]], "--boxes xywh")])
 def test_a_files_convention_is_named_and_never_skipped(root, boxes, words):
     """Rows that happen to fit are other boxes: --skip_bad_rows would keep just these."""
     tiny_image(root / "large.png", (640, 480))
@@ -230,12 +299,6 @@ def test_a_files_convention_is_named_and_never_skipped(root, boxes, words):
         assert words in str(error.value) and "tools.convert rows" in str(error.value)
     strange = where([[1, 2, 90, 80]] * 40 + boxes[:1])
     assert len(load_rows(root, *strange, skip_bad_rows=True)) == 40, "one in forty is a mistake"
-
-
-def test_thousandths_that_no_box_contradicts_are_said(root, capsys):
-    tiny_image(root / "large.png", (3000, 2000))
-    load_rows(root, *where([n, n, 900 + n, 990] for n in range(20)))
-    assert "no box passes 1000" in capsys.readouterr().err
 
 
 def test_doubled_rows_other_machines_and_test_rows_in_training_are_said(root, capsys):
@@ -262,12 +325,16 @@ def test_truths_that_count_only_as_they_are_written_are_listed():
 
 
 def test_odd_files_are_a_sentence(root, monkeypatch):
+    for name, words in (("a.csv", "pandas"), ("a.arrow", "load_from_disk"), ("a.parquet", "convert parquet")):
+        (root / name).touch()
+        with pytest.raises(UserError, match=words):
+            load_examples(root / name)
     (root / "latin.json").write_bytes(b'{"problem": "caf\xe9"}')
     (root / "coco.json").write_text(json.dumps({"images": [], "annotations": []}))
     for name, words in (("none", "No such file"), ("latin", "UTF-8"), ("coco", "tools.convert")):
         with pytest.raises(UserError, match=words):
             load_examples(root / f"{name}.json", task="math")
-    with pytest.raises(UserError, match=r"holds no data.*train/binary\.jsonl.*questions\.jsonl"):
+    with pytest.raises(UserError, match=r"(?s)holds no data.*train/binary\.jsonl.*questions\.jsonl.*1 x .parquet"):
         find_files(root)
     with pytest.raises(UserError, match="no regular file"):
         read_rows("/dev/zero")

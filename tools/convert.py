@@ -30,14 +30,16 @@ import yaml
 from data import answer_of, check_text, checked
 from rewards import TASKS, Example
 from support.answers import BOX, parse_labels
+from support.boxes import CONVENTIONS, boxes_in, corners, doubt, fitting, is_sound, likely
 from support.files import write_aside
 from support.images import ENDINGS, inspect_image, opened, resolve_image
-from support.rows import declared_tasks, first, one_row, parsed, read_rows, row_task
+from support.rows import declared_tasks, first, parsed, read_rows, row_task
+from support.shapes import one_row
 from support.warnings import family
 from support.words import UserError, command, say
 
-CONVENTIONS = ("xyxy", "xywh", "fractions", "thousandths")  # corners, corner and size, shares
 MOST_ASKED, MOST_COUNTED = 4, 10  # boxes in one answer, objects in one count
+SOME = 2000  # expressions whose boxes show their convention
 TINY = 0.005  # of the image; smaller boxes are not asked for
 NAME_KEYS = ("file_name", "image", "img_name", "image_path", "img_path", "filename")  # the first there is
 BOX_KEYS = ("bbox", "box", "boxes", "bboxes", "solution")
@@ -61,22 +63,22 @@ def noted(faults, where):
         faults.append(f"{where}: {error}")
 
 
-def corners(box, size, written):
-    """[x1, y1, x2, y2] of a box within an image of `size` (width, height), to 0.01 pixels; else UserError.
+def settled(args, boxes, usual=None):
+    """The convention of a file's boxes, [(box, size), ..]: --boxes, its kind's `usual` one, or the one that fits.
 
-    corners([10, 5, 20.5, 8], (40, 30), "xywh") -> [10, 5, 30.5, 13]; one pixel outside is clipped.
+    UserError where they do not fit, or fit two: which are the owner's boxes is asked, with --boxes.
     """
-    if not (isinstance(box, list) and len(box) == 4
-            and all(type(n) in (int, float) and math.isfinite(n) and abs(n) < 1e6 for n in box)):
-        raise UserError(f"its box {str(box)[:80]} is not four finite numbers.")
-    scale = {"fractions": 1, "thousandths": 1000}.get(written)
-    x1, y1, x2, y2 = [n * side / scale for n, side in zip(box, (*size, *size))] if scale else box
-    x2, y2 = (x1 + x2, y1 + y2) if written == "xywh" else (x2, y2)
-    if x1 >= x2 or y1 >= y2 or min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
-        raise UserError(f"its box {box}, read as {written}, is empty or leaves the image of "
-                        f"{size[0]} x {size[1]}; rows and refcoco take --boxes.")
-    inside = [round(min(max(n, 0), side), 2) for n, side in zip((x1, y1, x2, y2), (*size, *size))]
-    return [int(n) if n == int(n) else n for n in inside]
+    boxes = [(tuple(box), size) for box, size in boxes if is_sound(box)]
+    fit = fitting(likely(boxes)) if boxes else ["xyxy"]
+    written, command = args.boxes or usual or fit[0], f"python -m tools.convert {args.kind} {args.file}"
+    if refused := doubt(boxes, written, bool(args.boxes), command)[0]:
+        raise UserError(f"{args.file}: {refused}")
+    if not (args.boxes or usual) and len(fit) > 1:
+        raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
+                        f"{' or '.join(fit[:4])}, as which its {len(boxes)} boxes fit best.")
+    if not (args.boxes or usual):
+        say(f"{args.file}: its boxes are read as {written}, in which {len(boxes)} fit best")
+    return written
 
 
 def clean_text(text):
@@ -113,7 +115,8 @@ def value_of(entry, key, table=None):
     if not isinstance(entry, dict):
         raise UserError("it is not a JSON object {..}.")
     if type(value := entry.get(key)) not in (int, str) or table is not None and value not in table:
-        raise UserError(f"its {key} is {str(value)[:80]}, which is no id, or that of nothing usable.")
+        raise UserError(f"its {key} is {str(value)[:80]}, which is no id, or that of nothing usable; it "
+                        f"has {', '.join(entry)[:200]}.")
     return value
 
 
@@ -151,10 +154,10 @@ def coco(args, faults, left_out):
             name = clean_text(categories[value_of(entry, "category_id", categories)][1].get("name"))
             if not (size := image_of(images[key][1])[1]):
                 raise UserError(f"its image, {images[key][0]}, has no width and height in whole pixels.")
-            things[key].append((name, corners(entry.get("bbox"), size, "xywh"), bool(entry.get("iscrowd"))))
+            things[key].append((where, name, entry.get("bbox"), bool(entry.get("iscrowd"))))
     whole = [key for key in things if len(things[key]) == stated[str(key)]]
-    photos = ((images[key][0], *image_of(images[key][1]), things[key]) for key in whole)
-    return questions(photos, left_out)
+    photos = [(images[key][0], *image_of(images[key][1]), things[key], False) for key in whole]
+    return questions(in_pixels(photos, args, faults, "xywh"), left_out)
 
 
 # ---- A file an image: YOLO, Pascal VOC ----
@@ -162,37 +165,39 @@ def coco(args, faults, left_out):
 def yolo(args, faults, left_out):
     """The same of label files: class, center and size as shares of the image, or class and a polygon."""
     try:
-        names = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))["names"]
-        names = [str(names[n]) for n in range(len(names))]  # a list, or {0: a, 1: b, ..}
+        about = yaml.safe_load(Path(args.names).read_text("utf-8-sig"))
+        names = [str(about["names"][n]) for n in range(len(about["names"]))]  # a list, or {0: a, 1: b, ..}
     except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{args.names} has no names: [a, b, ..] of the classes 0, 1, ...") from error
 
-    def thing(line, size):
+    def thing(line):
         category, *numbers = line.split()
         if not category.isdecimal() or int(category) >= len(names):
-            raise UserError(f"its class {category[:40]} has no name in {args.names}.")
+            raise UserError(f"its class {category[:40]} has no name in {args.names}; a line is class, x, y, width "
+                            "and height (VisDrone, KITTI, DOTA: convert them to YOLO or COCO first).")
         numbers = [float(number) for number in numbers]
-        if len(numbers) == 4:
-            x, y, w, h = numbers
-            numbers = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-        elif len(numbers) < 6 or len(numbers) % 2:
-            raise UserError("it is neither class, x, y, width, height nor class and corners of a polygon.")
-        xs, ys = numbers[::2], numbers[1::2]
-        box = corners([min(xs), min(ys), max(xs), max(ys)], size, "fractions")
-        return clean_text(names[int(category)]), box, False
+        if "kpt_shape" in about:  # the box, then points of a pose
+            numbers = numbers[:4]
+        if len(numbers) < 4 or len(numbers) % 2:
+            raise UserError("it is neither class, x, y, width, height nor class and corners of a polygon (a last "
+                            "number may be a confidence; drop it).")
+        if len(numbers) > 4:
+            (left, right), (top, bottom) = ((min(part), max(part)) for part in (numbers[::2], numbers[1::2]))
+            numbers = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+        return clean_text(names[int(category)]), numbers, False
 
     def lines(text):
         return [(f":{n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return questions(whole_images(args, faults, "**/*.txt", lines, thing), left_out)
+    photos = whole_images(args, faults, "**/*.txt", lines, thing)
+    return questions(in_pixels(photos, args, faults, "cxcywh-fractions"), left_out)
 
 
 def voc(args, faults, left_out):
     """The same of XML files. Their pixels count from 1, both ends included; difficult: as a crowd."""
-    def thing(node, size):
+    def thing(node):
         keys = ("xmin", "ymin", "xmax", "ymax")
         x1, y1, x2, y2 = (float(node.findtext(f"bndbox/{key}") or "nan") for key in keys)
-        return (clean_text(node.findtext("name")), corners([x1 - 1, y1 - 1, x2, y2], size, "xyxy"),
-                node.findtext("difficult") == "1")
+        return clean_text(node.findtext("name")), [x1 - 1, y1 - 1, x2, y2], node.findtext("difficult") == "1"
 
     def objects(text):
         try:
@@ -202,13 +207,14 @@ def voc(args, faults, left_out):
         except (ElementTree.ParseError, UserError) as error:
             raise UserError(f"it cannot be read as XML ({error}).") from error
         return [(f", object {n}", node) for n, node in enumerate(nodes, 1)]
-    return questions(whole_images(args, faults, "**/*.xml", objects, thing), left_out)
+    photos = whole_images(args, faults, "**/*.xml", objects, thing)
+    return questions(in_pixels(photos, args, faults, "xyxy"), left_out)
 
 
 def whole_images(args, faults, pattern, parts_of, thing_of):
-    """Photos, for `questions`, of a folder of files: FOLDER/a/1.txt is of --image_root/a/1.jpg (or .png, ..).
+    """Photos, for `in_pixels`, of a folder of files: FOLDER/a/1.txt is of --image_root/a/1.jpg (or .png, ..).
 
-    parts_of: text -> [(place, part)]; thing_of: (part, size) -> thing. A fault spoils its image.
+    parts_of: text -> [(place, part)]; thing_of: part -> (label, box, is it a crowd). A fault spoils its image.
     """
     folder, endings = Path(args.file), [*ENDINGS, *map(str.upper, ENDINGS)]
     if not folder.is_dir():
@@ -226,9 +232,25 @@ def whole_images(args, faults, pattern, parts_of, thing_of):
             size, parts = upright_size(path), parts_of(file.read_text("utf-8-sig", errors="replace"))
         for place, part in parts:
             with noted(faults, f"{file}{place}"):
-                things.append(thing_of(part, size))
-        if things and len(faults) == before:
-            yield str(file), path, size, things
+                things.append((f"{file}{place}", *thing_of(part)))
+        if things:
+            yield str(file), path, size, things, len(faults) > before
+
+
+def in_pixels(photos, args, faults, usual):
+    """Photos [(where, image name, size, [(place, label, box, is it a crowd), ..], is it spoiled), ..] as
+    `questions` takes them. All boxes are written in one way, the kind's `usual` one unless --boxes says another.
+    """
+    photos = list(photos)
+    written = settled(args, [(box, size) for _, _, size, things, _ in photos for _, _, box, _ in things], usual)
+    args.written = "xyxy"
+    for where, image, size, things, spoiled in photos:
+        before, found = len(faults), []
+        for place, name, box, crowd in things:
+            with noted(faults, place):
+                found.append((name, corners(box, size, written), crowd))
+        if not spoiled and len(faults) == before:
+            yield where, image, size, found
 
 
 def questions(photos, left_out):
@@ -260,12 +282,14 @@ def questions(photos, left_out):
 def refcoco(args, faults, left_out):
     """Candidates of referring expressions. One that an image has for different boxes is left out."""
     found, meant, splits = [], defaultdict(set), set()
-    for where, entry, image in referred(args, faults):
+    value = read_json(args.file)
+    usual = None if isinstance(value, list) else "xywh"  # COCO's, if it has its structure
+    for where, entry, image in referred(value, args, faults):
         splits.add(str(entry.get("split")))
         if args.split and entry.get("split") != args.split:
             continue
         with noted(faults, where):
-            (name, size), boxes = image_of(image), boxes_in(entry)
+            (name, size), boxes = image_of(image), entry_boxes(entry)
             texts = [clean_text(text).rstrip(" .?!") for text in texts_in(entry) or texts_in(image) or [""]]
             for problem in (f"Where is {text}?" for text in dict.fromkeys(texts)):
                 found.append(Candidate(where, name, size, "detection", problem, boxes, str(name)))
@@ -274,19 +298,24 @@ def refcoco(args, faults, left_out):
         raise UserError(f"{args.file} holds the splits {', '.join(sorted(splits))}; choose one with --split.")
     clear = [candidate for candidate in found if len(meant[candidate.sort, candidate.problem.lower()]) == 1]
     left_out["an expression for different boxes"] += len(found) - len(clear)
+    args.written = settled(args, sized(clear[::len(clear) // SOME + 1], args), usual)
     return clear
 
 
-def referred(args, faults):
+def sized(candidates, args):
+    """(box, size of its image) of all boxes of candidates whose images can be looked at."""
+    for candidate in candidates:
+        with noted([], ""):  # what is wrong with it is told where it is used
+            size = candidate.size or upright_size(resolve_image(candidate.image, args.image_root))
+            yield from ((box, size) for box in candidate.answer)
+
+
+def referred(value, args, faults):
     """(where, entry that has the box, entry that names the image) of everything that is referred to."""
-    value, name = read_json(args.file), ""
+    name = ""
     if isinstance(value, list):
-        if not args.boxes:
-            raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
-                            f"{' or '.join(CONVENTIONS)} (VLM-R1's lists: xyxy, others mostly: xywh).")
         value = {name: value}
     elif has_lists(value, "images", "annotations"):
-        args.boxes = args.boxes or "xywh"
         name = "refs" if has_lists(value, "refs") else "annotations"
         images, boxes = by_id(value, "images", faults), by_id(value, "annotations", faults)
     else:
@@ -300,7 +329,7 @@ def referred(args, faults):
             yield f"{name}[{n}]", {**box, **entry}, image
 
 
-def boxes_in(entry):
+def entry_boxes(entry):
     """The boxes of an entry as it has them: one, several, or none where it says that there is none."""
     value = next((entry[key] for key in BOX_KEYS if entry.get(key) is not None), None)
     if value is None and not entry.get("empty_case"):
@@ -352,7 +381,7 @@ def usable(candidate, args):
         raise UserError(f"its image {candidate.image} is upright {size[0]} x {size[1]} pixels, but annotated "
                         f"as {candidate.size[0]} x {candidate.size[1]}.")
     if candidate.task == "detection":
-        boxes = [{"bbox_2d": corners(box, size, args.boxes)} for box in answer]
+        boxes = [{"bbox_2d": corners(box, size, args.written)} for box in answer]
         answer = json.dumps(boxes) if boxes else "no objects"
     row = {"task": candidate.task, "problem": candidate.problem, "solution": f"<answer>{answer}</answer>"}
     checked(Example(**row, images=(path,)), {path: size})
@@ -374,10 +403,17 @@ def with_absent_labels(rows, left_out):
 
 def rows_in_pixels(args, faults, left_out):
     """{split: rows} of questions of any shape, with every box of rows that have boxes in original pixels."""
-    chosen, tasks = {"train": [], "test": []}, declared_tasks(args.task, TASKS)
-    for where, value in read_rows(args.file):
+    chosen, tasks, rows, boxes = {"train": [], "test": []}, declared_tasks(args.task, TASKS), [], []
+    for where, row in read_rows(args.file):
         with noted(faults, where):
-            row = row_in_pixels(one_row(value), Path(where.rpartition(":")[0]), tasks, args)
+            task, size = look_at(row, Path(where.rpartition(":")[0]), tasks, args)
+            rows.append((where, row, task, size))
+            found = boxes_in("\n".join([row["problem"], row["solution"]])) if size else []
+            boxes += [(list(box), size) for box in found]
+    args.written = settled(args, boxes)
+    for where, row, task, size in rows:
+        with noted(faults, where):
+            row = in_original_pixels(row, task, size, args)
             put(row, row["images"] or [where], chosen, args, left_out)
     return chosen
 
@@ -391,27 +427,32 @@ def put(row, photos, chosen, args, left_out):
         chosen[split].append(row)
 
 
-def row_in_pixels(row, file, tasks, args):
-    """A row, of the file and as `one_row` gives it, whose boxes are in original pixels."""
-    task = row_task(row, file, tasks) or ("general" if row["chat"] else None)
+def look_at(row, file, tasks, args):
+    """(the task of a row, the size of the image that its boxes are in, if it has a task of boxes, or None)."""
+    if isinstance(row, UserError):
+        raise row
+    task = row_task(row, file, tasks, TASKS) or ("general" if row["chat"] else None)
     if task not in TASKS:
         raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
     paths = [resolve_image(name, args.image_root) for name in row["images"]]
-    texts = [row["problem"], row["solution"]]
-    if TASKS[task].resize:
-        if len(paths) != 1:
-            raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
+    row["images"] = [os.path.relpath(path, args.image_root) for path in paths]
+    if TASKS[task].resize and len(paths) != 1:
+        raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
+    return task, upright_size(paths[0]) if TASKS[task].resize else None
 
-        def rewrite(box):
-            mark, *numbers = box.groups("")
-            return f"{mark}{corners([*map(float, numbers)], upright_size(paths[0]), args.boxes)}"
-        texts = [BOX.sub(rewrite, text) for text in texts]
-    names = [os.path.relpath(path, args.image_root) for path in paths]
-    found = {"images": names, "task": task, "form": row["form"], "solution": texts[1]}
+
+def in_original_pixels(row, task, size, args):
+    """The row as it is written: its boxes as two corners in pixels, which it says."""
+    def rewrite(box):
+        mark, *numbers = box.groups("")
+        return f"{mark}{corners([*map(float, numbers)], size, args.written)}"
+    problem, solution = (BOX.sub(rewrite, text) if size else text for text in (row["problem"], row["solution"]))
+    found = {"images": row["images"], "task": task, "form": row["form"], "solution": solution}
+    found |= {"box_format": "xyxy"} if size else {}
     if row["history"]:
-        turns = [*row["history"], ("user", texts[0])]
+        turns = [*row["history"], ("user", problem)]
         return found | {"messages": [{"role": role, "content": text} for role, text in turns]}
-    return found | {"problem": texts[0]}
+    return found | {"problem": problem}
 
 
 def parquet(args, faults, left_out):
@@ -486,13 +527,13 @@ def outputs(args):
     return paths
 
 
-BOXES = {"choices": CONVENTIONS, "default": "", "help": "corners, corner and size, corners as shares"}
+BOXES = {"choices": CONVENTIONS, "help": "how boxes are written: corners, sizes, y first, shares of the image"}
 FLAGS = [  # name, the kinds of file that have it (all, if none is named), and what argparse makes of it
     ("file", "", {"metavar": "FILE", "help": "JSON, JSONL or parquet; yolo, voc: a folder"}),
     ("--list", "yolo voc", {"default": "", "help": "text that names the annotation files to take: val.txt"}),
     ("--names", "yolo", {"required": True, "help": "the data set's data.yaml, which names the classes"}),
     ("--split", "refcoco", {"default": "", "help": 'only entries whose "split" is this'}),
-    ("--boxes", "refcoco", BOXES), ("--boxes", "rows", BOXES | {"required": True}),
+    ("--boxes", "coco yolo voc refcoco rows", BOXES),
     ("--task", "rows", {"nargs": "+", "help": "of rows that name none: TASK, or NAME=TASK by file"}),
     ("--per_task", "coco yolo voc refcoco", {"type": int, "default": 3000, "help": "rows a task, 0: all"}),
     ("--image_root", "", {"required": True, "help": "folder that the images' names start from"}),
@@ -516,7 +557,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True)
     for kind, (read, text) in kinds.items():
         one = commands.add_parser(kind, help=text, allow_abbrev=False)
-        one.set_defaults(read=read, boxes="xyxy")
+        one.set_defaults(kind=kind, read=read, boxes=None)
         for flag, only, options in FLAGS:
             if not only or kind in only.split():
                 one.add_argument(flag, **options)
