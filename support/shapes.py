@@ -21,13 +21,14 @@ from support.images import ENDINGS
 from support.words import UserError
 
 PROBLEMS = ("problem", "question", "query", "instruction", "input", "prompt")  # the first that a row has
-SOLUTIONS = ("solution", "answer", "ground_truth", "correct_answer", "answerKey", "response", "output",
-             "completion", "answers")  # the first; the first five are rivals, each meant as the truth
+SOLUTIONS = ("solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "response",
+             "output", "completion", "label", "target", "answers")  # the first that a row has
+RIVALS = SOLUTIONS[:5]  # each of which is meant as the truth
 TURNS = ("messages", "conversations", "conversation", "message", "prompt")  # as a list of turns, or its JSON
 ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("user", "assistant", "system")}
 CONTEXTS = ("context", "hint", "passage", "paragraph", "article", "document", "story")  # said before it
 IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a list of them
-FILES = ("file_name", "filename", "path")  # likewise, if they end as images do
+FILES = ("file_name", "filename", "path", "image_filename", "image_file", "image_name", "img_name", "imgname")
 IMAGE_IDS = ("image_id", "imageId", "img_id", "imgid")  # the name of a file without its ending
 NUMBERED = re.compile(r"(?:image|img|picture)_?([0-9]{1,2})")  # one of several
 OPTION_KEYS = re.compile(r"(?i)(?:[a-z]+_)?(?:choices?|options?|candidates|alternatives)(?:_[a-z]{2,})?")
@@ -69,7 +70,7 @@ def one_row(row, styles=STYLES) -> dict:
     chat, options = spoken[-1] == "assistant", take_options(left)
     if isinstance(left.get("reward_model"), dict):  # verl
         left["ground_truth"] = left.pop("reward_model").get("ground_truth")
-    if any(name in left for name in SOLUTIONS[:5]) or not chat:
+    if any(name in left for name in RIVALS) or not chat:
         turns = turns[:len(turns) - chat] + [("assistant", take_truth(left, options, styles))]
         chat = False
     *history, (_, problem), (_, solution) = turns
@@ -114,6 +115,8 @@ def take_turns(left: dict) -> tuple[list, list]:
         if text and text in asked:
             del left[other]
     earlier, system = left.pop("history", []), left.pop("system", None)
+    if all(isinstance(turn, dict) for turn in earlier):
+        earlier, turns = [], read_turns(earlier, "history")[0] + turns
     if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in earlier):
         raise UserError('its "history" must be a list of [question, answer].')
     turns = [turn for pair in earlier for turn in zip(("user", "assistant"), pair)] + turns
@@ -238,7 +241,7 @@ def take_truth(left: dict, options, styles) -> str:
     if given == ["answers"]:
         left["answers (but the most frequent)"] = left["answers"]
         return most_frequent(left.pop("answers"))
-    rivals = {name: texts[name] for name in SOLUTIONS[:5] if name in texts} or {given[0]: texts[given[0]]}
+    rivals = {name: texts[name] for name in RIVALS if name in texts} or {given[0]: texts[given[0]]}
     said = {name: extract_answer(bare(text)) or text for name, text in rivals.items()}
     short = min(said.values(), key=len)
     if any(text != short and not (len(text.split()) > 3 and says(text, short)) for text in said.values()):

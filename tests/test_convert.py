@@ -347,6 +347,26 @@ def test_corners_are_read_as_corners_only_when_told(desk):
     assert "[0]: its box [120, 90, 180, 140], read as xywh" in said
 
 
+def test_the_convention_of_a_files_boxes_is_found_and_never_skipped(desk):
+    """Two corners in a COCO file, pixels in YOLO's: what happens to fit as usual is another box."""
+    right = {a["id"]: [x, y, x + w, y + h] for a in desk.coco["annotations"] for x, y, w, h in [a["bbox"]]}
+    kept = places(desk.rows("coco", desk.coco))
+    for annotation in desk.coco["annotations"]:
+        annotation["bbox"] = right[annotation["id"]]
+    for flags in ((), ("--skip_bad_rows",), ("--boxes", "cxcywh")):
+        assert "--boxes xyxy .." in desk.failed("coco", desk.coco, *flags)
+    assert places(desk.rows("coco", desk.coco, "--boxes", "xyxy")) == kept
+    entries = [{"image": "000.png", "bbox": box, "caption": f"thing {n}"} for n, box in right.items()]
+    rows = desk.rows("refcoco", entries, "--per_task", "0")  # a list that does not say
+    assert "are read as xyxy" in desk.capsys.readouterr().err
+    assert sorted(map(boxes_of, rows)) == [[pytest.approx(box, abs=0.01)] for box in sorted(right.values())]
+    names = desk.folder / "data.yaml"
+    names.write_text("names: [a]")
+    labels = write_all(desk.folder / "labels", {
+        f"{n:03}.txt": f"0 {' '.join(map(str, right[n]))}\n" for n in range(20)})
+    assert "--boxes xyxy .." in desk.failed("yolo", labels, "--names", names, "--skip_bad_rows")
+
+
 # ---- YOLO, Pascal VOC ----
 
 def write_all(folder, files):
@@ -368,6 +388,11 @@ def test_yolo_labels_are_read_with_centers_sizes_and_polygons(desk):
                                 "Where is the cup?": [[20, 15, 60, 75]],
                                 "Where is the boat?": [[0, 37.5, 100, 112.5]]}
         assert Counter(row["task"] for row in rows) == {"detection": 3, "math": 3, "classify": 2}
+    pose = write_all(desk.folder / "pose", {"000.txt": "0 0.5 0.5 0.2 0.4 " + "0.1 0.1 " * 4 + "\n", "001.txt":
+                                            "1 0.25 0.5 0.5 0.5 " + "0.9 0.9 " * 4 + "\n"})
+    (desk.folder / "pose.yaml").write_text("names: [dog, cup, boat]\nkpt_shape: [4, 2]\n")
+    assert places(desk.rows("yolo", pose, "--names", desk.folder / "pose.yaml"))[
+        "Where is the dog?"] == [[80, 45, 120, 105]], "points of a pose are no polygon"
     write_all(labels, {"003.txt": "0 0.5 0.5\n7 0.5 0.5 0.2 0.4\nx y\n0 0.9 0.5 0.4 0.4\n", "none.txt": ""})
     said = desk.failed("yolo", labels, "--names", names)
     for words in ("none.txt: no image none", "003.txt:1: it is neither", "003.txt:2: its class 7",

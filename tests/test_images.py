@@ -250,3 +250,14 @@ def test_ranks_share_the_prompts(processor, renders, monkeypatch):
     monkeypatch.setattr(data, "gather", lambda value: [[7, 8, 999], value])
     cfg = SimpleNamespace(max_prompt_length=100, skip_bad_rows=True)
     assert refuse_long_prompts(cfg, processor, examples) == examples[:4] and len(renders) == 2
+
+
+def test_a_name_in_other_letters_is_found_if_one_file_can_be_meant(tmp_path):
+    for name in ("caf\u00e9.png", "Sub Dir/IMG_1.PNG", "1.png", "000000000007.jpg", "2.png", "2.jpg"):
+        tiny_image(tmp_path / name)
+    for name, meant in (("cafe\u0301.png", "caf\u00e9.png"), ("CAF%C3%89.png", "caf\u00e9.png"), ("7", "000000000007.jpg"),
+                        ("sub%20dir\\img_1.png", "Sub Dir/IMG_1.PNG"), ("C:\\x\\sub dir\\img_1.png", "Sub Dir/IMG_1.PNG")):
+        assert resolve_image(name, tmp_path) == str(tmp_path / meant)
+    for name in ("001.png", "2", "data:image/png;base64,iVBO", "https://x.org/1.png", "sub/img_1.png"):
+        with pytest.raises(UserError):
+            resolve_image(name, tmp_path)

@@ -319,6 +319,20 @@ def test_doubled_rows_other_machines_and_test_rows_in_training_are_said(root, ca
         assert words in said
 
 
+def test_what_a_file_may_not_mean_is_said(root, capsys):
+    tiny_image(root / "photo.png", (4000, 3000))
+    box = {"task": "detection", "image": "photo.png"}
+    load_rows(root, box | {"problem": "Where?", "solution": [900, 900, 911, 911]},
+              box | {"problem": "Where, between 0 and 1000?", "solution": [9, 9, 3000, 2900]},
+              {"task": "classify", "problem": "What?", "solution": ["sofa", "couch"]})
+    said = capsys.readouterr().err
+    for words in ("1 of 2 boxes are less than 14 pixels", "1 questions have rules of their own", "1 of 3 rows have no",
+                  "1 truths are lists of labels"):
+        assert words in said
+    load_rows(root, *({"task": "math", "problem": f"{n}?", "solution": "1", "image": "a.png"} for n in range(60)))
+    assert "60 of 60 rows show one picture" in capsys.readouterr().err
+
+
 def test_truths_that_count_only_as_they_are_written_are_listed():
     truths = ["20", "B", "(1, 2)", "isosceles", "10 apples or 12", "x^2 + 1", r"x \in A", "90,180"]
     assert text_only_truths(truths) == ["10 apples or 12", "x^2 + 1", r"x \in A", "90,180"]
