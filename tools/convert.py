@@ -380,12 +380,13 @@ def usable(candidate, args):
     if candidate.size not in (None, size):
         raise UserError(f"its image {candidate.image} is upright {size[0]} x {size[1]} pixels, but annotated "
                         f"as {candidate.size[0]} x {candidate.size[1]}.")
+    said = {"image": os.path.relpath(path, args.image_root)}
     if candidate.task == "detection":
         boxes = [{"bbox_2d": corners(box, size, args.written)} for box in answer]
-        answer = json.dumps(boxes) if boxes else "no objects"
+        answer, said = json.dumps(boxes) if boxes else "no objects", said | {"box_format": "xyxy"}
     row = {"task": candidate.task, "problem": candidate.problem, "solution": f"<answer>{answer}</answer>"}
     checked(Example(**row, images=(path,)), {path: size})
-    return {"image": os.path.relpath(path, args.image_root), **row}
+    return said | row
 
 
 def with_absent_labels(rows, left_out):
