@@ -387,7 +387,7 @@ def load_data(cfg):
     for split, (form, file) in files["test"].items():
         rows = [replace(e, split=split) for e in load_examples(file, form=form, **options)]
         tests += rows[:cfg.eval_limit or None]
-    for sentence in warnings.between([e for rows in train.values() for e in rows], tests):
+    for sentence in warnings.between([e for rows in train.values() for e in rows], tests, questions):
         say(f"{cfg.data}: {sentence}")
     return examples, tests, questions
 

@@ -30,13 +30,10 @@ def in_a_file(examples, elsewhere, placed) -> list[str]:
     answered = [e.where for e in others if e.form == "open" and NUMBER_LIST.search(truth_of(e))]
     boxes = [box for e in examples if e.task in placed for box in boxes_in(truth_of(e))]
     small = [box for box in boxes if min(box[2] - box[0], box[3] - box[1]) < PATCH]
-    bare = [e.where for e in examples if not e.images]
     rules = [(e.where, found[0]) for e in examples if (found := OWN_RULES.search(e.problem))]
     lists = [e.where for e in examples if e.task == "classify" and truth_of(e).startswith('["')]
-    shown, most = Counter(image for e in examples for image in e.images).most_common(1)[0] if len(bare) < len(
-        examples) else ("", 0)
+    (shown, most), = Counter(image for e in examples for image in e.images).most_common(1) or [("", 0)]
     sentences = [
-        (bare, f"{len(bare)} of {len(examples)} rows have no picture, the first {bare[:1]}"),
         (most > max(50, len(examples) / 2), f"{most} of {len(examples)} rows show one picture, {shown}"),
         (twice, f"{twice} of {len(examples)} rows are there more than once"),
         (elsewhere, f"{len(elsewhere)} images are found by the ends of paths of another machine, or by other "
@@ -55,10 +52,13 @@ def in_a_file(examples, elsewhere, placed) -> list[str]:
     return [sentence for sign, sentence in sentences if sign]
 
 
-def between(train, tests) -> list[str]:
-    """Sentences about what training examples and test examples share."""
+def between(train, tests, questions=()) -> list[str]:
+    """Sentences about what training examples and test examples share, and how many have no picture."""
     seen, shown = {same(e) for e in train}, {family(image) for e in train for image in e.images}
-    found = []
+    bare = [f"{sum(not e.images for e in rows)} of {len(rows)} {name}" for name, rows in (
+        ("training rows", train), ("test rows", tests), ("questions of the reject stage", questions))
+        if not all(e.images for e in rows)]
+    found = [f"no picture have {', '.join(bare)}"] if bare else []
     for split in dict.fromkeys(example.split for example in tests):
         rows = [example for example in tests if example.split == split]
         images = {image for example in rows for image in example.images}

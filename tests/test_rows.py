@@ -171,8 +171,9 @@ def test_columns_that_are_not_read_are_told_once(root, capsys):
     assert [example.images[0] for example in load_rows(root, *rows, task="math")] == [str(root / "b.png")] * 3
     said = capsys.readouterr().err
     assert said.count("not read are the columns rationale, grid_3d") == 1 and "3 images are found" in said
-    load_rows(root, *[{"question": f"{n}?", "answer": "1"} for n in range(3)], task="math")
-    assert "3 of 3 rows have no picture" in capsys.readouterr().err
+    write_jsonl(root / "train" / "open.jsonl", [PLUS, PLUS | {"image": "a.png"}])
+    load_data(settings(root))
+    assert "no picture have 1 of 2 training rows" in capsys.readouterr().err
 
 
 # ---- Tasks and forms of files ----
@@ -326,7 +327,7 @@ def test_what_a_file_may_not_mean_is_said(root, capsys):
               box | {"problem": "Where, between 0 and 1000?", "solution": [9, 9, 3000, 2900]},
               {"task": "classify", "problem": "What?", "solution": ["sofa", "couch"]})
     said = capsys.readouterr().err
-    for words in ("1 of 2 boxes are less than 14 pixels", "1 questions have rules of their own", "1 of 3 rows have no",
+    for words in ("1 of 2 boxes are less than 14 pixels", "1 questions have rules of their own",
                   "1 truths are lists of labels"):
         assert words in said
     load_rows(root, *({"task": "math", "problem": f"{n}?", "solution": "1", "image": "a.png"} for n in range(60)))
