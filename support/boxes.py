@@ -22,7 +22,7 @@ LAYOUTS = {  # four numbers -> two corners
 SHARES = {"pixels": None, "fractions": 1, "percent": 100, "thousandths": 1000}  # of the whole side
 CONVENTIONS = ["-".join([layout] * (layout != "xyxy" or unit == "pixels") + [unit] * (unit != "pixels"))
                for layout, unit in itertools.product(LAYOUTS, SHARES)]
-MISTAKE = math.log(100)  # nats: one box in a hundred is a mistake, and a hundred times likelier is clear
+MISTAKE, CLEAR = math.log(100), math.log(1000)  # nats: one box in a hundred is one; a thousand times likelier
 ENOUGH = 10  # different boxes that show a convention, if they fit two
 
 
@@ -72,7 +72,7 @@ def likely(boxes) -> dict:
         whole = SHARES.get(written.rpartition("-")[2])
         image = np.log(size).sum(0)
         room = np.full_like(image, 2 * math.log(whole)) if whole else image
-        room = np.where(strange, np.maximum(room, image) + MISTAKE, room)
+        room = np.where(strange, np.maximum(image, 2 * math.log(1000)) + MISTAKE, room)
         found[written] = -float(room.sum()), int(strange.sum())
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
@@ -80,13 +80,13 @@ def likely(boxes) -> dict:
 def fitting(found) -> list[str]:
     """Of what `likely` found those that no other is clearly likelier than."""
     best = max(nats for nats, _ in found.values())
-    return [written for written, (nats, _) in found.items() if nats >= best - MISTAKE]
+    return [written for written, (nats, _) in found.items() if nats >= best - CLEAR]
 
 
 def doubt(boxes, written="xyxy", stated=False, command="") -> tuple[str, str]:
     """(why the boxes of a file are not what is `written`, or what they might be, too), "" for none of it.
 
-    stated: somebody said so; then a likelier convention is a reason only if boxes do not fit. Equal boxes count
+    stated: somebody said so; then a likelier convention is a reason only if several do not fit. Equal boxes count
     once. command: that which takes --boxes.
     """
     boxes = [*dict.fromkeys(boxes)]
@@ -94,7 +94,7 @@ def doubt(boxes, written="xyxy", stated=False, command="") -> tuple[str, str]:
     strange, fit = found[written][1], fitting(found)
     others = [name for name in fit if name != written]
     advice = "".join(f"\n    {command} --boxes {name} .." for name in others)
-    if written not in fit and (strange or len(boxes) >= ENOUGH and not stated):
+    if written not in fit and (strange > stated or len(boxes) >= ENOUGH and not stated):
         most = len(boxes) - min(found[name][1] for name in fit)
         return (f"Of {len(boxes)} different boxes {strange} do not fit as {written}, and {most} fit as "
                 f"{' or '.join(others)}; a file has one convention, and this one is read by{advice}"), ""
