@@ -60,7 +60,7 @@ def one_row(row, styles=STYLES) -> dict:
         raise row
     if not isinstance(row, dict):
         raise UserError("the row is not a JSON object {..}.")
-    left = {name: value for name, value in row.items() if value == value and value not in (None, "", [], {})}
+    left = filled(row)
     turns, names = take_turns(left)
     spoken = [role for number, (role, _) in enumerate(turns) if number or role != "system"]
     alternating = (["user", "assistant"] * len(spoken))[:len(spoken)]
@@ -90,6 +90,11 @@ def one_row(row, styles=STYLES) -> dict:
         "problem": texts[-1], "solution": solution.replace("thinking>", "think>"), "chat": chat, "images": images,
         "history": [(role, text) for (role, _), text in zip(history, texts)],
         "unread": [name for name in left if not NEUTRAL.fullmatch(name)]}
+
+
+def filled(row: dict) -> dict:
+    """The columns of a row that hold something: no null, NaN or empty text."""
+    return {name: value for name, value in row.items() if value == value and value not in (None, "", [], {})}
 
 
 # ---- The question ----
@@ -244,7 +249,7 @@ def take_truth(left: dict, options, styles) -> str:
     rivals = {name: texts[name] for name in RIVALS if name in texts} or {given[0]: texts[given[0]]}
     said = {name: extract_answer(bare(text)) or text for name, text in rivals.items()}
     short = min(said.values(), key=len)
-    if any(text != short and not (len(text.split()) > 3 and says(text, short)) for text in said.values()):
+    if any(text != short and not (len(text.split()) > 3 and said_in(short, text)) for text in said.values()):
         one, two = list(rivals.values())[:2]
         raise UserError(f'it has two truths, "{one[:40]}" and "{two[:40]}"; keep one.')
     for name in rivals:
@@ -252,8 +257,8 @@ def take_truth(left: dict, options, styles) -> str:
     return max((rivals[name] for name in rivals if said[name] == short), key=len)
 
 
-def says(text: str, short: str) -> bool:
-    """Whether a text holds another one as words of its own."""
+def said_in(short: str, text: str) -> bool:
+    """Whether a text holds a short one as words of its own."""
     return re.search(rf"(?<!\w){re.escape(short)}(?!\w)", text) is not None
 
 
@@ -288,12 +293,13 @@ def named_options(value, options) -> dict[str, str]:
 def option_styles(rows) -> tuple:
     """STYLES, those by which most truths of a file's rows name an option first; UserError where two fit."""
     found = []
-    for row in rows:
+    for row in (filled(row) for row in rows if isinstance(row, dict)):
         try:
-            options = take_options(dict(row)) if isinstance(row, dict) else []
+            options = take_options(row)
         except UserError:  # which is told where the row is read
             continue
-        found += [named for name in SOLUTIONS if options and (named := named_options(row.get(name), options))][:1]
+        found += [named for name in SOLUTIONS if options and name in row
+                  and (named := named_options(row[name], options))][:1]
     count = Counter(style for named in found for style in named)
     styles = sorted(STYLES, key=lambda style: -count[style])
     first, second = styles[0], next(style for style in styles[1:] if style != "number")
