@@ -21,18 +21,21 @@ from support.images import ENDINGS
 from support.words import UserError
 
 PROBLEMS = ("problem", "question", "query", "instruction", "input", "prompt")  # the first that a row has
-SOLUTIONS = ("solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "response",
-             "output", "completion", "label", "target", "answers")  # the first that a row has
+SOLUTIONS = ("solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "correct_option",
+             "correct_choice", "correct_choice_idx", "multiple_choice_answer", "response", "output", "completion",
+             "label", "target", "answers")  # the first that a row has
 RIVALS = SOLUTIONS[:5]  # each of which is meant as the truth
 TURNS = ("messages", "conversations", "conversation", "message", "prompt")  # as a list of turns, or its JSON
 ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("user", "assistant", "system")}
-CONTEXTS = ("context", "hint", "passage", "paragraph", "article", "document", "story")  # said before it
+CONTEXTS = ("context", "hint", "passage", "paragraph", "article", "document", "story", "background", "premise", "facts")  # said before it
 IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a list of them
 FILES = ("file_name", "filename", "path", "image_filename", "image_file", "image_name", "img_name", "imgname")
 IMAGE_IDS = ("image_id", "imageId", "img_id", "imgid")  # the name of a file without its ending
 NUMBERED = re.compile(r"(?:image|img|picture)_?([0-9]{1,2})")  # one of several
-OPTION_KEYS = re.compile(r"(?i)(?:[a-z]+_)?(?:choices?|options?|candidates|alternatives)(?:_[a-z]{2,})?")
+OPTION_KEYS = re.compile(r"(?i)(?:(?:answer|mc|multiple|question|text)_)?(?:choices?|options?|candidates|alternatives)"
+                         r"(?:_(?:list|texts?|en|zh))?")
 ONE_OPTION = re.compile(r"(?:(?i:option|choice|opt|op|candidate|alternative)[_ ]?)?([A-Ja-j0-9])")
+LETTER = re.compile(r"\(?[A-Ja-j][.):]?\)?")  # an option without a text: it is said elsewhere
 LETTERED = re.compile(r"(?:^|(?<=\s))\(?[A-J][.):]\)?\s")  # "(A) 30" or "A. 30"
 LETTERS = string.ascii_uppercase
 STYLES = ("letter", "text", "index", "number")  # how a truth names an option; an index counts from 0
@@ -74,6 +77,9 @@ def one_row(row, styles=STYLES) -> dict:
         turns = turns[:len(turns) - chat] + [("assistant", take_truth(left, options, styles))]
         chat = False
     *history, (_, problem), (_, solution) = turns
+    if options and all(map(LETTER.fullmatch, options)):
+        fuller = [name for name in PROBLEMS if isinstance(left.get(name), str) and problem in left[name]]
+        problem = left.pop(fuller[0]) if fuller else problem
     problem = "\n".join([*take_contexts(left, problem), problem])
     if not (len(offered_letters(problem)) >= len(options) and all(text in problem for text in options)):
         problem = "\n".join([problem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options))])
@@ -119,7 +125,7 @@ def take_turns(left: dict) -> tuple[list, list]:
             raise UserError(f'"{key}" and "{other}" ask different things; keep one of them.')
         if text and text in asked:
             del left[other]
-    earlier, system = left.pop("history", []), left.pop("system", None)
+    earlier, system = left.pop("history", []), left.pop("system", None) or left.pop("system_prompt", None)
     if all(isinstance(turn, dict) for turn in earlier):
         earlier, turns = [], read_turns(earlier, "history")[0] + turns
     if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in earlier):
@@ -133,6 +139,8 @@ def take_turns(left: dict) -> tuple[list, list]:
 def text_of(left: dict, key, names) -> str:
     """The text under a key; a number or a list as its JSON; UserError without one."""
     value = left.get(key)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
     text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if value is None or not text:
         raise UserError(f'it has no "{names[0]}" (or {", ".join(names[1:])}), or an empty one; its columns are '
@@ -221,12 +229,12 @@ def read_options(value) -> list[str]:
     value = literal(value) if isinstance(value, str) else value
     if isinstance(value, str):
         found = [part.strip(" ,;\n") for part in LETTERED.split(value)][1:] or re.split(r"\n|[;|]", value)
-        value = found if len(found) > 1 else None
+        value = found if len(found) > 1 else value
     if isinstance(value, dict):  # {"A": "a dog"}, {"label": ["A"], "text": ["a dog"]}
         value = value["text"] if isinstance(value.get("text"), list) else [value[key] for key in sorted(value)]
     if isinstance(value, list):  # [{"label": "A", "text": "a dog"}]
         value = [item.get("text") if isinstance(item, dict) else item for item in value]
-        if all(isinstance(item, str | int | float) for item in value):
+        if all(isinstance(item, str | int | float) for item in value) and not names_media(value):
             texts = [" ".join(str(item).split()) for item in value]
             own = [LETTERED.match(text) for text in texts]
             return [text[match.end():] for text, match in zip(texts, own)] if all(own) else texts
