@@ -21,13 +21,15 @@ from support.images import ENDINGS
 from support.words import UserError
 
 PROBLEMS = ("problem", "question", "query", "instruction", "input", "prompt")  # the first that a row has
-SOLUTIONS = ("solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "correct_option",
-             "correct_choice", "correct_choice_idx", "multiple_choice_answer", "response", "output", "completion",
-             "label", "target", "answers")  # the first that a row has
+SOLUTIONS = (  # the first that a row has
+    "solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "correct_option",
+    "correct_choice", "correct_choice_idx", "multiple_choice_answer", "response", "output", "completion", "label",
+    "target", "answers")
 RIVALS = SOLUTIONS[:5]  # each of which is meant as the truth
 TURNS = ("messages", "conversations", "conversation", "message", "prompt")  # as a list of turns, or its JSON
 ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("user", "assistant", "system")}
-CONTEXTS = ("context", "hint", "passage", "paragraph", "article", "document", "story", "background", "premise", "facts")  # said before it
+CONTEXTS = (  # said before the question
+    "context", "hint", "passage", "paragraph", "article", "document", "story", "background", "premise", "facts")
 IMAGES = ("images", "image", "image_path", "img", "img_path")  # a path or a list of them
 FILES = ("file_name", "filename", "path", "image_filename", "image_file", "image_name", "img_name", "imgname")
 IMAGE_IDS = ("image_id", "imageId", "img_id", "imgid")  # the name of a file without its ending
@@ -326,11 +328,12 @@ def bare(solution: str) -> str:
         return solution
     start = max(0, len(solution) - 300)
     if boxed := BOXED.search(solution, start):
-        return (f"<think>{solution.strip()}</think>" if boxed.start() else "") + f"<answer>{boxed[1].strip()}</answer>"
-    if not (match := CLOSING.search(solution, start)):
+        before, answer = solution.strip() if boxed.start() else "", boxed[1]
+    elif match := CLOSING.search(solution, start):
+        before, answer = solution[:match.start()].strip(), match[1]
+    else:
         return solution
-    before = solution[:match.start()].strip()
-    return (f"<think>{before}</think>" if before else "") + f"<answer>{match[1].strip()}</answer>"
+    return (f"<think>{before}</think>" if before else "") + f"<answer>{answer.strip()}</answer>"
 
 
 # ---- Its images ----
