@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source support/setup.sh
+export OMP_NUM_THREADS=1 # the tests' models are too small for more: a second thread costs half of the time
 [ $# -eq 0 ] || exec "$PYTHON" -m pytest -q "$@"
 
-export OMP_NUM_THREADS=1
 beside=(tests/test_processes.py tests/test_directory.py)
 log=$(mktemp)
 trap 'kill "$slow" 2>/dev/null || true; rm -f "$log"' EXIT
