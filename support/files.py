@@ -48,8 +48,11 @@ def digest(path):
         with open(path, "rb") as file:
             file.seek(start)
             return hashlib.sha256(file.read(BLOCK))
+    starts = range(0, max(1, os.path.getsize(path)), BLOCK)
+    if len(starts) == 1:  # thousands of images
+        return joined([hashed(0)])
     with ThreadPoolExecutor(8) as pool:
-        return joined(list(pool.map(hashed, range(0, max(1, os.path.getsize(path)), BLOCK))))
+        return joined(list(pool.map(hashed, starts)))
 
 
 def joined(blocks):

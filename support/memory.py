@@ -42,7 +42,8 @@ def memory_needed(config, cfg, ranks, prompt_length=None, asked_length=None):
     if prompts <= cfg.micro_batch:  # in one backward pass gradients come as activations go
         needed["activations"] = max(0, needed["activations"] - needed["gradients"])
     at_most = max([cfg.max_rows] + [cfg.reject_samples for s in cfg.curriculum if s.name == "reject"])
-    asked = total * width + cache(config, cfg, at_most, asked_length or P) + prefill(config, cfg, width)
+    L = asked_length or P
+    asked = total * width + cache(config, cfg, at_most, L) + prefill(config, width, min(PREFILL, at_most * L))
     return {**needed, "evaluation": max(0, asked - sum(needed.values()))}
 
 
@@ -74,10 +75,10 @@ def cache(config, cfg, rows, length):
     return rows * slots * text.num_hidden_layers * text.num_key_value_heads * head * 2 * width_of(cfg)
 
 
-def prefill(config, cfg, width):
+def prefill(config, width, tokens):
     """Bytes at work in a prefill: the vision tower's MLP, if all of it were pictures, and their pixels."""
     tower = config.vision_config
-    return 4 * PREFILL * (4 * 1176 + width * (2 * tower.hidden_size + 3 * tower.intermediate_size))
+    return 4 * tokens * (4 * 1176 + width * (2 * tower.hidden_size + 3 * tower.intermediate_size))
 
 
 def activations(config, cfg, P, width):
@@ -132,21 +133,17 @@ def check_memory(needed, cfg, say=say, host=0):
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = min(machine, int(limit)) if limit.isdigit() else machine
     there = torch.cuda.get_device_properties(0).total_memory if cuda else machine
-    lasting = ("weights", "gradients", "reference", "optimizer")
-    fixed = OVERHEAD + sum(needed[name] for name in lasting)
-    if cuda and fixed > there:
-        raise UserError(
-            f"{', '.join(lasting)} and CUDA need {fixed / 2**30:.1f} GiB on each GPU, which has "
-            f"{there / 2**30:.1f}: use --offload, more GPUs (the optimizer is shared among them), "
-            "--freeze_vision or --beta 0")
     if cuda and host > machine:
         raise UserError(
             f"this machine has {machine / 2**30:.1f} GiB of memory beside its GPUs, and its ranks need "
             f"{host / 2**30:.1f}: weights pass through it, and --offload keeps masters, moments and sums "
             "of gradients there. Use a machine (or container) with more, fewer ranks, or --freeze_vision")
-    if most > 1.5 * there:  # what is near is tried
+    own = OVERHEAD * cuda
+    lasting = own + sum(needed[name] for name in ("weights", "gradients", "reference", "optimizer"))
+    if cuda and lasting > there or most > 1.5 * there:  # what is near is tried
         raise UserError(
-            f"the run needs about {most / 2**30:,.0f} GiB in each process, most of it for "
-            f"{max(needed, key=needed.get)}, and there are {there / 2**30:,.0f}: lower --max_rows, "
-            "--micro_batch, --max_completion_length or --max_pixels, or add "
-            "--checkpoint_activations")
+            f"the run needs about {(most + own) / 2**30:,.0f} GiB in each process, most of it for "
+            f"{max(needed, key=needed.get)}, and there are {there / 2**30:,.0f}. --offload or more GPUs, which "
+            "share it, take less for the optimizer; --freeze_vision for gradients; --beta 0 for the reference; "
+            "--checkpoint_activations or a lower --micro_batch for activations; a lower --max_rows for cache "
+            "and evaluation; shorter --max_completion_length or fewer --max_pixels for the rest")

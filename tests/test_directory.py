@@ -263,7 +263,7 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_the_last_checkpoint(base, un
     monkeypatch.setattr(torch, "save", full)
     out = tmp_path / "run"
     said = refused(capsys, arguments(base, out, *STAGES), 1)
-    assert "No space left" in said and "1-binary" in said
+    assert "No space left" in said and "1-binary" in said and "checkpoints/0000002 in 0." in said, "each save says its time"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002"]
     monkeypatch.setattr(torch, "save", original)
     main(arguments(base, out, *STAGES, "--resume"))
