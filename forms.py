@@ -51,9 +51,10 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False):
     """The list of all examples in another form, such that only the image tells what is right.
 
-    Rows of one kind of question go into sets whose answers are wrong for one another, and yes, no and letters
-    are handed out in turn. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row can lend a wrong answer to gets invented ones, as in
-    `derive`. Rows without such a form are one UserError, or are dropped.
+    Rows of one kind of question go into sets whose answers are wrong for one another; yes, no and letters take
+    turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row can
+    lend a wrong answer to gets invented ones, as in `derive`. Rows without such a form are one UserError, or
+    are dropped.
     """
     if form == "open":
         return examples
@@ -113,9 +114,9 @@ class Lender:
 
 
 def groups_of(rows: list[Lender], form: str, seed: int) -> list:
-    """[(answers that each row lends, its set or itself alone, rows of its kind), ..], of one task.
+    """[(answers that each row lends, its set or itself alone, rows of its kind), ..], of rows of one task.
 
-    What a kind has left over is tried again with what others have, unless it is too little to be surplus.
+    What a kind has left over is tried again with what others have, unless it is just the rest of a division.
     """
     groups, rest = [], rows
     while rest:
@@ -123,10 +124,12 @@ def groups_of(rows: list[Lender], form: str, seed: int) -> list:
         questions = [TASKS[row.example.task].choose(row.example) for row in before]
         answers = np.array([known(row.right[0], row.example.size) for row in before], float)
         for kind in ([before[n] for n in part] for part in kinds(questions, answers)):
-            sets, over = exchange(kind, form, before is not rows)
+            sets, left = exchange(kind, form, again=before is not rows)
             groups += [(lent, members, kind) for lent, members in sets]
-            rest += over if len(over) > 3 else []
-            groups += [(0, [row], kind) for row in over if len(over) <= 3]
+            if len(left) > 3:
+                rest += left
+            else:
+                groups += [(0, [row], kind) for row in left]
         if len(rest) > 0.9 * len(before):
             break
     return groups + [(0, [row], rows) for row in _not_surplus(rows, rest, form, seed)]
@@ -135,7 +138,8 @@ def groups_of(rows: list[Lender], form: str, seed: int) -> list:
 def exchange(rows: list[Lender], form: str, again=False) -> tuple[list, list]:
     """([(answers that each row lends, its set of rows), ..], rows in no set), of rows of one kind.
 
-    Rows that ask the same come together first. again: among what such sets left over, so of full size alone.
+    Rows that ask the same come together first. again: these rows are left over, too many to be spread on
+    smaller sets, where they would be right too often.
     """
     rest, sets, count = rows, [], Counter(row.right[0] for row in rows)
     for size, lent in SETS[form]:
@@ -152,7 +156,7 @@ def exchange(rows: list[Lender], form: str, again=False) -> tuple[list, list]:
                     full, left = sets_of(part, size, lent)
                     sets += [(lent, members) for members in full]
                     rest += left
-        if lent == 1 and (again or size <= len(rest) < 0.8 * len(rows)):  # smaller sets where these are few
+        if lent == 1 and (again or size <= len(rest) < 0.8 * len(rows)):  # smaller sets if few
             break
     return sets, rest
 
