@@ -2,8 +2,8 @@
 
 A wrong answer must be as likely as the right one to who does not look, or the question would teach to guess.
 So rows of one kind of question, whose words do not tell their answers apart, lend one another their right
-answers as wrong ones, two for yes/no, up to four for options. Of four rows that ask "How many cups are there?"
-`derive_all` makes
+answers as wrong ones, two for yes/no, up to four for options. Of four rows that ask "How many cups are
+there?" `derive_all` makes
 
     3   A. 3  B. 8  C. 4  D. 5 -> A       Is the answer 8? -> no
     4   A. 8  B. 5  C. 3  D. 4 -> D       Is the answer 4? -> yes
@@ -25,7 +25,7 @@ import numpy as np
 
 from rewards import FORMS, TASKS, Example
 from support.answers import offered_letters
-from support.blind import kinds, known
+from support.blind import all_said, kinds, known
 from support.rows import attempt, first
 from support.words import UserError, say
 
@@ -51,8 +51,8 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False):
     """The list of all examples in another form, such that only the image tells what is right.
 
-    Rows of one kind of question go into sets whose answers are wrong for one another; yes, no and letters take
-    turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row can
+    Rows of one kind of question go into sets whose answers are wrong for one another; yes, no and letters
+    take turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row can
     lend a wrong answer to gets invented ones, as in `derive`. Rows without such a form are one UserError, or
     are dropped.
     """
@@ -121,7 +121,7 @@ def groups_of(rows: list[Lender], form: str, seed: int) -> list:
     groups, rest = [], rows
     while rest:
         before, rest = rest, []
-        questions = [TASKS[row.example.task].choose(row.example) for row in before]
+        questions = [all_said(row.example, TASKS[row.example.task].choose(row.example)) for row in before]
         answers = np.array([known(row.right[0], row.example.size) for row in before], float)
         for kind in ([before[n] for n in part] for part in kinds(questions, answers)):
             sets, left = exchange(kind, form, again=before is not rows)
@@ -174,7 +174,7 @@ def sets_of(rows: list[Lender], size: int, lent: int) -> tuple[list, list]:
 
 
 def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -> list[Lender]:
-    """Of rows in no set those to be asked all the same: all, or those alone that no row lends a wrong answer."""
+    """Of rows in no set those to be asked all the same: all, or those alone that no row lends an answer."""
     alone = [row for row in rest if row.has_options(form)
              or not any(map(row.could_take, _sample(row, rows, seed)))]
     surplus, in_sets = len(rest) - len(alone), len(rows) - len(rest)
@@ -183,9 +183,10 @@ def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -
         say(f"{name}: {surplus} of {len(rows)} rows are left out: answers like theirs are so "
             "frequent among questions like theirs that they could be guessed")
         rest = alone
-    if (bare := sum(not row.has_options(form) for row in alone)) > max(FEW, 0.1 * len(rows)):
-        say(f"{name}: to {bare} of {len(rows)} rows no other row lends a wrong answer; theirs are "
-            "invented, which may give the right one away (python -m tools.blind tells)")
+    if (bare := sum(not row.has_options(form) for row in rest)) > max(FEW, 0.1 * len(rows)):
+        say(f"{name}: to {bare} of {len(rows)} rows no other row lends a wrong answer among questions like "
+            "theirs; these are others' or invented, which may give the right one away (python -m tools.blind "
+            "tells)")
     return rest
 
 

@@ -71,7 +71,7 @@ def kinds(questions, answers):
 
 
 def telling_word(found, ranks):
-    """The word that tells most of `ranks` (n, F), of the words of n questions; None if by chance."""
+    """Of the words of n questions that which tells most of `ranks` (n, F); None if by chance."""
     words, word = np.unique([w for own in found for w in own] or [""], return_inverse=True)
     owner = np.repeat(np.arange(len(found)), [len(own) for own in found])
     have = np.bincount(word)  # (V,)
@@ -84,6 +84,11 @@ def telling_word(found, ranks):
     told = np.max([np.bincount(word, own[owner]) ** 2 / (own @ own) for own in apart], 0)
     told = (told * len(found) ** 2 / np.maximum(have * others, 1))[fit_to_part]  # chi-squared
     return words[fit_to_part[told.argmax()]] if told.max() > SURE else None
+
+
+def all_said(example, question):
+    """A question with the turns before it."""
+    return " ".join([*(text for _, text in example.history), question])
 
 
 def words_in(text):
@@ -118,14 +123,15 @@ def described(examples, train):
     rights = [np.array([right for _, right in found]) for found in asked]
     sure = np.array([right.any() for right in rights])  # a "no" tells no right answer
     answers = np.array([own[right == right.max()].mean(0) for own, right in zip(features, rights)])
-    questions = [ASKED.sub("", OPTION_LINE.sub("", example.problem.strip())) for example in examples]
+    questions = [all_said(example, ASKED.sub("", OPTION_LINE.sub("", example.problem.strip())))
+                 for example in examples]
     told = expected(questions, answers, train & (sure | ~sure.any()))
     rows = []
     for found, own, likely in zip(asked, features, told):
         own = np.concatenate([own, abs(own - likely)], 1)
         order = own.argsort(0, kind="stable").argsort(0) / max(1, len(own) - 1)
         among = np.concatenate([order, order == 0, order == 1, abs(order - 0.5) < 0.34], 1)
-        seen = np.array([[counts[text.lower(), right] for right in (True, False)] for text, _ in found])
+        seen = np.array([[counts[text.lower(), r] for r in (True, False)] for text, _ in found])
         seen = seen * (seen.sum(1, keepdims=True) >= 10)
         share = (seen[:, :1] + 1) / (seen.sum(1, keepdims=True) + 2)
         rows.append(np.concatenate([own, among * (len(own) > 1), np.eye(len(own), 4),
