@@ -52,38 +52,41 @@ def known(text, size):
 
 
 def kinds(questions, answers):
-    """Places of questions in parts, in each of which no word tells of the answer: [[place, ..], ..].
+    """Places of questions in parts, in each of which no word tells of the answer: [places, ..].
 
     answers (n, F): what is known of each. The word that tells most parts the questions that have it
     from the others, and so on in the parts: "percent", "year", "left"; but no name and no number.
     """
-    found = [sorted(words_in(question)) for question in questions]
+    found = [words_in(question) for question in questions]
+    place = {word: n for n, word in enumerate(sorted(set().union(*found)))}  # in any order of questions
+    found = [np.array(sorted(map(place.get, words)), int) for words in found]
     ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in answers.T], 1)
-    parts, done = [list(range(len(questions)))], []
+    parts, done = [np.arange(len(questions))], []
     while parts:
         part = parts.pop()
-        word = telling_word([found[n] for n in part], ranks[part])
-        if word is None:
+        have = telling_word([found[n] for n in part], ranks[part])
+        if have is None:
             done.append(part)
         else:
-            parts += [[n for n in part if (word in found[n]) == has] for has in (True, False)]
+            parts += [part[have], part[~have]]
     return done
 
 
 def telling_word(found, ranks):
-    """Of the words of n questions that which tells most of `ranks` (n, F); None if by chance."""
-    words, word = np.unique([w for own in found for w in own] or [""], return_inverse=True)
-    owner = np.repeat(np.arange(len(found)), [len(own) for own in found])
-    have = np.bincount(word)  # (V,)
-    others = len(found) - have
-    apart = len(found) * ranks - ranks.sum(0)  # from the mean, in whole numbers: alike everywhere
-    apart = apart[:, apart.any(0)].T.astype(float)
-    fit_to_part = (np.minimum(have, others) >= LEAST).nonzero()[0]
-    if not len(apart) or not len(fit_to_part):
+    """Which of n questions have the word that tells most of `ranks` (n, F); None if it is chance.
+
+    found: the words of each, as numbers.
+    """
+    n, owner = len(found), np.repeat(np.arange(len(found)), [len(words) for words in found])
+    _, word, count = np.unique(np.concatenate(found), return_inverse=True, return_counts=True)
+    apart = n * ranks - ranks.sum(0)  # from the mean, in whole numbers: alike everywhere
+    apart = [own for own in apart.T.astype(float) if own.any()]
+    able = np.minimum(count, n - count) >= LEAST  # (V,)
+    if not apart or not able.any():
         return None
     told = np.max([np.bincount(word, own[owner]) ** 2 / (own @ own) for own in apart], 0)
-    told = (told * len(found) ** 2 / np.maximum(have * others, 1))[fit_to_part]  # chi-squared
-    return words[fit_to_part[told.argmax()]] if told.max() > SURE else None
+    told *= able * n**2 / np.maximum(count * (n - count), 1)  # chi-squared, of the feature that fits best
+    return np.isin(np.arange(n), owner[word == told.argmax()]) if told.max() > SURE else None
 
 
 def all_said(example, question):

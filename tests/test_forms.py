@@ -188,6 +188,8 @@ def chinese(count):
 
 @pytest.mark.parametrize("rows, kept", [
     (made_examples("mixed math", 400, "tests"), 0.95), (chinese(400), 0.95),
+    ([replace(e, problem="And here?", history=(("user", e.problem),)) for e in made_examples("mixed math", 400, "x")],
+     0.95),
     (made_examples("referring", 700, "tests"), 0.4),
     pytest.param(made_examples("mixed math", 2000, "tests"), 0.98, marks=pytest.mark.slow)])
 def test_the_words_of_the_question_do_not_tell(rows, kept, monkeypatch):
