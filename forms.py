@@ -66,20 +66,18 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
             right = _rng(example, "right", seed).sample(right, len(right))
             lenders.append(Lender(place, example, right))
     lenders.sort(key=lambda row: _rng(row.example, "order", seed).random())  # not that of the file
-    groups, turns = [], Counter()
-    for task in sorted({example.task for example in examples}):
-        rows = [row for row in lenders if row.example.task == task]
+    for task in dict.fromkeys(example.task for example in examples):
+        rows, turns = [row for row in lenders if row.example.task == task], Counter()
         count = Counter(text for row in rows for text in row.right)
         for row in rows:  # last comes what cannot be wrong as often as right
             row.right.sort(key=lambda text: count[text] > len(rows) / 2)
-        groups += groups_of(rows, form, seed)
-    for lent, members, kind in sorted(groups, key=lambda group: -len(group[1])):  # sets first: in turn
-        for row in members:
-            texts = [text for other in members if other is not row for text in other.shown_to(row, lent)]
-            if not (len(texts) > 2 or form == "binary" and texts):
-                texts += _drawn(row, kind, form, seed)
-            rng = _rng(row.example, form, seed)
-            made[row.place] = attempt(make_question, row.example, form, row.right, texts, rng, lent, turns)
+        for lent, members, kind in sorted(groups_of(rows, form, seed), key=lambda group: -len(group[1])):
+            for row in members:  # of whole sets first, in which each answer has its turn
+                texts = [text for other in members if other is not row for text in other.shown_to(row, lent)]
+                if not (len(texts) > 2 or form == "binary" and texts):
+                    texts += _drawn(row, kind, form, seed)
+                rng = _rng(row.example, form, seed)
+                made[row.place] = attempt(make_question, row.example, form, row.right, texts, rng, lent, turns)
     errors = [str(error) for error in made.values() if isinstance(error, UserError)]
     if errors and not (skip_bad_rows and len(errors) < len(made)):
         raise UserError("\n".join([*first(errors), "Correct them, give the form a file of its own, "
