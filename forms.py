@@ -52,9 +52,9 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
     """The list of all examples in another form, such that only the image tells what is right.
 
     Rows of one kind of question go into sets whose answers are wrong for one another; yes, no and letters
-    take turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row can
-    lend a wrong answer to gets invented ones, as in `derive`. Rows without such a form are one UserError, or
-    are dropped.
+    take turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row
+    can lend a wrong answer to gets invented ones, as in `derive`. Rows without such a form are one UserError,
+    or are dropped.
     """
     if form == "open":
         return examples
