@@ -59,6 +59,7 @@ from support.base import base_config, named, not_finite
 from support.card import write_cards
 from support.directory import RunDirectory, made_of
 from support.endpoint import EndpointJudge
+from support.files import read_jsonl
 from support.flags import check_values, parse
 from support.log import Log, over_ranks
 from support.memory import check_memory, host_needed, memory_needed
@@ -505,6 +506,7 @@ class Run:
         if self.rank == 0:
             self.results = self.directory.begin(path, state, record, changed)
             self.log.report.start(self.directory.out, dataclasses.asdict(cfg), self.global_step)
+            self.log.watch.recall(read_jsonl(self.directory.out / "metrics.jsonl") if self.global_step else ())
         self.results = gather(self.results)[0]
         return state["stage"], state["stage_step"]
 
@@ -610,7 +612,7 @@ def train_stage(run, stage, done):
             run.save(stage, step + 1)
         if stopping:
             raise Stopped(stopping)
-    run.log.close_bar()
+    run.log.end_stage()
     run.optimizer = run.reference = None  # before an evaluation takes memory
 
 

@@ -176,7 +176,7 @@ class Engine:
     def _room(self, n, used):
         """Slots of a tail that a step reads, `used` at least; few numbers where each is a graph.
 
-        Fewest for few rows, which read little beside the weights: 8 x 8 rows come to 50 in 400 steps.
+        Fewest for few rows, which read little beside the weights: 8 x 8 rows come to 45 in 400 steps.
         """
         few = 2**(used.bit_length() - (3 if n > 8 else 2))
         size = max(self.bucket, few) if self.capture else self.bucket
