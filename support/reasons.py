@@ -31,8 +31,8 @@ def tokens(text):
 
 
 def sentences(text):
-    """Tokens by sentence or line, those with any."""
-    return list(filter(None, map(tokens, re.split(r"[.!?;](?:\s|$)|[。！？；\n]", text))))
+    """Tokens by sentence, line or displayed formula, those with any."""
+    return list(filter(None, map(tokens, re.split(r"[.!?;](?:\s|$)|[。！？；\n]|\\\]", text))))
 
 
 def value_type(token):
