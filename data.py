@@ -302,11 +302,14 @@ def box_conventions(drafts, sizes: dict, stated: set) -> list[tuple[str, str]]:
             for file, found in boxes.items()]
 
 
-def read_example(row, where, *, root, form, tasks, chat_task, allow_outside, elsewhere) -> Example:
+def read_example(row, where, *, root, form, tasks, chat_task=None, allow_outside=False, elsewhere) -> Example:
     """A row as an Example that is not checked yet: original pixels, images found but not opened.
 
-    `elsewhere` gets the names of images that are paths of another machine.
+    `elsewhere`, a list, gets the names of images that are paths of another machine. UserError for a row that
+    is one, or cannot be used.
     """
+    if isinstance(row, UserError):
+        raise row
     file = Path(file_of(where))
     if row["box_format"] not in (None, "xyxy"):
         raise UserError(f'its "box_format" is {row["box_format"]!r}, not xyxy; `python -m tools.convert rows` '

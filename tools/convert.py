@@ -27,13 +27,13 @@ from xml.etree import ElementTree
 
 import yaml
 
-from data import answer_of, check_text, checked
+from data import answer_of, check_text, checked, read_example
 from rewards import TASKS, Example
 from support.answers import BOX, parse_labels
 from support.boxes import CONVENTIONS, boxes_in, corners, doubt, fitting, is_sound, likely
 from support.files import write_aside
 from support.images import ENDINGS, inspect_image, opened, resolve_image
-from support.rows import declared_tasks, first, parsed, read_rows, row_task
+from support.rows import declared_tasks, first, parsed, read_rows
 from support.shapes import one_row
 from support.warnings import family
 from support.words import UserError, command, say
@@ -407,15 +407,15 @@ def rows_in_pixels(args, faults, left_out):
     chosen, tasks, rows, boxes = {"train": [], "test": []}, declared_tasks(args.task, TASKS), [], []
     for where, row in read_rows(args.file):
         with noted(faults, where):
-            task, size = look_at(row, Path(where.rpartition(":")[0]), tasks, args)
-            rows.append((where, row, task, size))
-            found = boxes_in("\n".join([row["problem"], row["solution"]])) if size else []
-            boxes += [(list(box), size) for box in found]
+            example = read_example(row, where, root=Path(args.image_root), form=None, tasks=tasks, elsewhere=[])
+            size = upright_size(*example.images) if TASKS[example.task].resize else None
+            boxes += [(list(box), size) for box in boxes_in(f"{example.problem}\n{example.solution}") if size]
+            rows.append((example, size))
     args.written = settled(args, boxes)
-    for where, row, task, size in rows:
-        with noted(faults, where):
-            row = in_original_pixels(row, task, size, args)
-            put(row, row["images"] or [where], chosen, args, left_out)
+    for example, size in rows:
+        with noted(faults, example.where):
+            row = in_original_pixels(example, size, args)
+            put(row, row["images"] or [example.where], chosen, args, left_out)
     return chosen
 
 
@@ -428,30 +428,17 @@ def put(row, photos, chosen, args, left_out):
         chosen[split].append(row)
 
 
-def look_at(row, file, tasks, args):
-    """(the task of a row, the size of the image that its boxes are in, if it has a task of boxes, or None)."""
-    if isinstance(row, UserError):
-        raise row
-    task = row_task(row, file, tasks, TASKS) or ("general" if row["chat"] else None)
-    if task not in TASKS:
-        raise UserError(f'its "task" is {task!r}, not one of {", ".join(TASKS)}; --task names it.')
-    paths = [resolve_image(name, args.image_root) for name in row["images"]]
-    row["images"] = [os.path.relpath(path, args.image_root) for path in paths]
-    if TASKS[task].resize and len(paths) != 1:
-        raise UserError(f"a row with boxes needs one image, and has {len(paths)}.")
-    return task, upright_size(paths[0]) if TASKS[task].resize else None
-
-
-def in_original_pixels(row, task, size, args):
-    """The row as it is written: its boxes as two corners in pixels, which it says."""
+def in_original_pixels(example, size, args):
+    """The row of an example as it is written: its boxes as two corners in pixels, which it says."""
     def rewrite(box):
         mark, *numbers = box.groups("")
         return f"{mark}{corners([*map(float, numbers)], size, args.written)}"
-    problem, solution = (BOX.sub(rewrite, text) if size else text for text in (row["problem"], row["solution"]))
-    found = {"images": row["images"], "task": task, "form": row["form"], "solution": solution}
+    problem, solution = (BOX.sub(rewrite, text) if size else text for text in (example.problem, example.solution))
+    names = [os.path.relpath(path, args.image_root) for path in example.images]
+    found = {"images": names, "task": example.task, "form": example.form, "solution": solution}
     found |= {"box_format": "xyxy"} if size else {}
-    if row["history"]:
-        turns = [*row["history"], ("user", problem)]
+    if example.history:
+        turns = [*example.history, ("user", problem)]
         return found | {"messages": [{"role": role, "content": text} for role, text in turns]}
     return found | {"problem": problem}
 
