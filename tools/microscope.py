@@ -25,10 +25,10 @@ from data import load_data, refuse_long_prompts
 from packed import token_logps
 from rewards import TASKS
 from support.answers import parse_boxes, truth_of
-from support.drawing import view
+from support.drawing import save_picture, view
 from support.files import read_jsonl, read_record
 from support.page import (
-    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, save_picture, text_width)
+    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, text_width)
 from support.words import UserError, command, say
 
 PAGE_WIDTH, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text
