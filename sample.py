@@ -289,6 +289,8 @@ def loaded(args, name):
 
 def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""
+    for image in args.image:
+        load_image(image)  # what cannot be opened is said before weights are loaded
     model, processor, out = loaded(args, "answer.png")
     example = Example(problem=args.question, solution="", task=args.task, form="open", images=tuple(args.image))
     (group,) = generate(model, processor, [processor(example)], 1, args.max_completion_length, args.temperature,

@@ -195,11 +195,7 @@ class RunDirectory:
         """
         answer = None
         if world()[0] == 0:
-            try:
-                begun = (self.out / "config.json").exists()
-            except OSError as error:  # a name that is too long, a folder that is closed to us
-                raise UserError(f"--out {self.out}: {error.strerror}") from error
-            if begun:
+            if (self.out / "config.json").exists():
                 self._take()
             record, changed = self._compare(settings, made_of)
             path, state = self.whole_checkpoint() or (base, {"stage": 0, "stage_step": 0, "stages": [], "files": {}})

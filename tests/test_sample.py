@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -232,8 +233,21 @@ def test_evaluate_takes_the_form_from_the_files_name(world, tmp_path, capsys):
     assert "pass@2" in capsys.readouterr().out
 
 
+def test_evaluate_takes_a_run_and_a_data_directory_and_writes_beside_the_run(world, tmp_path):
+    _, _, checkpoint, tests, _ = world
+    for name in ("2-open", "10-sft"):
+        shutil.copytree(checkpoint, tmp_path / "run" / "stages" / name)
+    (tmp_path / "run" / "stages" / "2-open" / "model.safetensors").unlink()  # the last one is asked
+    data = tests[0].where.split("grpo_data")[0]
+    main(["evaluate", "--model", str(tmp_path / "run"), "--data", data, "--max_completion_length", "4"])
+    rows = rows_of(tmp_path / "run" / "predictions.jsonl")
+    assert {row["split"] for row in rows} == {*find_files(data)["test"]} and len(rows) == len(tests)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["evaluate", "--model", "nowhere-at-all/x/y", "--data", "nothing.jsonl"], "nowhere"),
+    (["answer", "--model", "x", "--question", "?", "--image", "none.png"], "none.png"),
+    (["evaluate", "--model", "x", "--data", "x", "--device", "cuda"], "--device"),  # a GPU is taken if there is one
     (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
 def test_mistakes_are_sentences(argv, words, capsys):
     assert words in refused(capsys, argv, program=main)
