@@ -351,7 +351,7 @@ def main(argv=None):
         each.set_defaults(function=function)
     args = parser.parse_args(argv)
     greedy = {"temperature"} if args.temperature == 0 else set()
-    check_values({name: value for name, value in vars(args).items() if value is not None and name not in greedy})
+    check_values({name: value for name, value in vars(args).items() if name not in greedy})
     args.function(args)
 
 

@@ -231,8 +231,8 @@ class RunDirectory:
             changed = [str(error)]
         if changed and not settings["allow_changes"]:
             raise UserError("\n  ".join(["this is not what the run was begun with:", *changed]) + "\nResume with what "
-                            "it had, or accept the changes with --allow_changes; they are written down. Or begin a new "
-                            "--out")
+                            "it had, or accept the changes with --allow_changes; they are written down. Or begin "
+                            f"anew: name another --out, or remove {out}")
         for sentence in changed:
             say(f"accepted: {sentence}")
         return record, changed

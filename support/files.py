@@ -1,5 +1,6 @@
 """Files that are whole or not there: written aside, synced, renamed, and known by a digest when read again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,9 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some network disks sync no directory
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
 

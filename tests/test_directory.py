@@ -3,7 +3,9 @@
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import currreft
 from currreft import main
 from runs import after_step, arguments, begun, letters, outcome, refused
 from support.directory import RunDirectory, code_digest, differences, digests
-from support.files import digest
+from support.files import digest, sync
 from support.signals import Stopped, ending, signals
 from support.tiny import tiny_checkpoint, tiny_image
 from support.words import RunError
@@ -282,6 +284,14 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_the_last_checkpoint(base, un
     monkeypatch.setattr(torch, "save", original)
     main(arguments(base, out, *STAGES, "--resume"))
     assert outcome(out) == undisturbed[1]
+
+
+@pytest.mark.parametrize("code, path", [(22, None), (22, "a.json"), (28, "a.json"), (5, "")])
+def test_a_disk_that_syncs_no_directories_will_do_and_other_errors_name_the_file(code, path, tmp_path, monkeypatch):
+    (tmp_path / "a.json").touch()
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(code, "no")))
+    with pytest.raises(OSError, match=str(tmp_path / (path or ""))) if path is not None else nullcontext():
+        sync(tmp_path / (path or ""))
 
 
 def test_a_signal_whose_save_failed_does_not_say_that_everything_is_saved(monkeypatch):
