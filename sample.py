@@ -27,7 +27,7 @@ from support.answers import extract_answer, parse_boxes
 from support.drawing import save_picture, view
 from support.files import read_jsonl, sealed, write_aside
 from support.flags import check_values
-from support.images import load_image
+from support.images import inspect_image
 from support.ranks import gather, usable_gpu, world
 from support.reasons import leads_to, sentences, substance, tokens
 from support.rows import find_files
@@ -289,8 +289,7 @@ def loaded(args, name):
 
 def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""
-    for image in args.image:
-        load_image(image)  # what cannot be opened is said before weights are loaded
+    sizes = [inspect_image(image) for image in args.image]  # what cannot be shown is said before weights are loaded
     model, processor, out = loaded(args, "answer.png")
     example = Example(problem=args.question, solution="", task=args.task, form="open", images=tuple(args.image))
     (group,) = generate(model, processor, [processor(example)], 1, args.max_completion_length, args.temperature,
@@ -298,7 +297,7 @@ def answer(args):
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
+        size = model_size(sizes[0], processor.max_pixels)  # the pixels that the model speaks of
         save_picture(view(args.image[0], size, [("red", boxes)]), out)
         print(f"{len(boxes)} boxes drawn in {out}", file=sys.stderr)
 

@@ -94,12 +94,12 @@ def read_record(path):
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
 
 
-def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed in a line."""
+def read_jsonl(path, *names):
+    """The complete rows, all of which have `names`, of a JSONL file whose writer may have been killed in a line."""
     rows = []
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= {*names}]

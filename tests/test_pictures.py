@@ -112,7 +112,7 @@ def test_a_run_is_drawn_from_its_directory_whatever_its_answers_say(tmp_path, ca
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     answers = [None, "", "\x00\u202e" * 99, "[" * 5000, '[{"bbox_2d": [NaN, 1, 1e999, -3]}]']
     images = [None, str(tmp_path / "none.png"), str(tmp_path / "broken.png")]
-    write_jsonl(run / "predictions" / "1-sft.jsonl", [
+    write_jsonl(run / "predictions" / "1-sft.jsonl", [{"solution": "a row of another program"}] + [
         ANSWER | {"image": image, "answer": answer} for answer in answers for image in images])
     write_record(run / "results.json", {"rows": [{"name": "1-sft", "splits": {}}]})
     assert main(["run", str(run)]) == 0

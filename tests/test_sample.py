@@ -17,7 +17,7 @@ from rewards import Example, is_correct
 from sample import Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize
 from support.files import sealed
 from support.rows import find_files
-from support.tiny import tiny_checkpoint, tiny_data
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image
 from support.words import RunError, UserError
 
 RIGHT, WRONG = "<think>1 + 1 = 2</think><answer>2</answer>", "<think>hm</think><answer>3</answer>"
@@ -247,7 +247,10 @@ def test_evaluate_takes_a_run_and_a_data_directory_and_writes_beside_the_run(wor
 @pytest.mark.parametrize("argv, words", [
     (["evaluate", "--model", "nowhere-at-all/x/y", "--data", "nothing.jsonl"], "nowhere"),
     (["answer", "--model", "x", "--question", "?", "--image", "none.png"], "none.png"),
+    (["answer", "--model", "x", "--question", "?", "--image", "strip.png"], "9000 x 50"),
     (["evaluate", "--model", "x", "--data", "x", "--device", "cuda"], "--device"),  # a GPU is taken if there is one
     (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
-def test_mistakes_are_sentences(argv, words, capsys):
+def test_mistakes_are_sentences(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_image(tmp_path / "strip.png", (9000, 50))
     assert words in refused(capsys, argv, program=main)

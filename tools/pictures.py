@@ -32,6 +32,7 @@ from support.words import UserError, command
 PALETTE = (BLUE, "#e07b00", "#159a72", "#8a56b8", "#c93a6b", "#7a6a1c", "#2ba3c7", "#5b6470")
 CHART = (1100, 620)  # width and height
 ROWS_SHOWN = 12
+PREDICTED = "problem solution answer completion correct image size task form split".split()
 TILE, PAD = VIEW_SIDE // OVERSAMPLE, 14  # width of a tile, and the space around it
 
 
@@ -136,7 +137,7 @@ def read_metrics(run):
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         raise UserError(f"there is no {file}; is {run} the directory of a run?")
-    if not (rows := read_jsonl(file)):
+    if not (rows := read_jsonl(file, "step", "stage", "stage_index")):
         raise UserError(f"{file} holds no finished step yet")
     return rows
 
@@ -254,7 +255,7 @@ def draw_run(run):
     """Draw RUN/curves.png and RUN/sheet.png: 24 answers of the last evaluation; returns paths."""
     paths = [curves([run])]
     if rows := read_results(run):
-        answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl")
+        answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl", *PREDICTED)
         answers = random.Random(0).sample(answers, min(24, len(answers)))
         paths.append(save_tiles([prediction_tile(row) for row in answers], Path(run) / "sheet.png"))
     return paths
