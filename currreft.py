@@ -59,9 +59,10 @@ from support.base import base_config, named, not_finite
 from support.card import write_cards
 from support.directory import RunDirectory, made_of
 from support.endpoint import EndpointJudge
+from support.files import read_jsonl
 from support.flags import check_values, parse
 from support.log import Log, over_ranks
-from support.memory import check_memory, memory_needed
+from support.memory import check_memory, host_needed, memory_needed
 from support.optimizer import ShardedAdamW
 from support.ranks import gather, join_ranks, leave, world
 from support.rows import declared_tasks
@@ -126,7 +127,7 @@ class Config:
     timeout_minutes: float = 30.0  # a rank that others wait for longer than this ends the run
 
     # what is kept and shown
-    save_every: int = 50  # steps between checkpoints to resume from
+    save_every: int = 200  # steps between checkpoints to resume from; one of 3B is 53 GB, a minute or two
     eval_limit: int = 0  # test examples of each split at most (0: all)
     report_to: str = ""  # log to tensorboard (in --out) or wandb as well; what is not installed is an error
     skip_bad_rows: bool = False  # drop and count bad data rows instead of stopping
@@ -294,11 +295,11 @@ def update(run, stage, step, groups):
     cfg, sums, old_and_ref = run.cfg, Counter(kl=0, clipped=0, tokens=0, logp_gap=0, compared=0), {}
     groups = [group for group in groups if cfg.beta or group.advantages.any()]
     batches = [groups[i:i + cfg.micro_batch] for i in range(0, len(groups), cfg.micro_batch)]
-    packs = [run.pack([group.prompt for group in batch],
-                      [[o.tokens for o in group.completions] for group in batch]) for batch in batches]
     run.policy.train()
     for _ in range(cfg.updates_per_rollout):
-        for m, (batch, packed) in enumerate(zip(batches, packs)):
+        for m, batch in enumerate(batches):
+            packed = run.pack([group.prompt for group in batch],
+                              [[o.tokens for o in group.completions] for group in batch])
             logp = token_logps(run.policy, packed, run.bias, cfg.temperature)  # (R, T)
             if m not in old_and_ref:
                 with torch.no_grad():
@@ -505,6 +506,7 @@ class Run:
         if self.rank == 0:
             self.results = self.directory.begin(path, state, record, changed)
             self.log.report.start(self.directory.out, dataclasses.asdict(cfg), self.global_step)
+            self.log.watch.recall(read_jsonl(self.directory.out / "metrics.jsonl") if self.global_step else ())
         self.results = gather(self.results)[0]
         return state["stage"], state["stage_step"]
 
@@ -576,9 +578,11 @@ def begin(cfg):
     tests, questions = (refuse_long_prompts(cfg, processor, rows) for rows in (tests, questions))
     for sentence in warnings.of_a_run(cfg, examples):
         say(sentence)
-    asked = [example for rows in (*examples.values(), questions) for example in rows]
-    longest = max(processor.prompt_lengths(asked), default=None)
-    check_memory(memory_needed(base_config(cfg.model, processor), cfg, world()[1], longest), cfg)
+    used = [example for rows in (*examples.values(), questions) for example in rows]
+    longest, asked = (max(processor.prompt_lengths(rows), default=None) for rows in (used, [*tests, *questions]))
+    config, ranks = base_config(cfg.model, processor), world()[1]
+    check_memory(memory_needed(config, cfg, ranks, longest, asked), cfg, host=host_needed(
+        config, cfg, ranks, here=int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if questions:
         judge_of(cfg).probe()  # better now than after all RL stages
     return Run(cfg, device, examples, tests, questions)
@@ -591,7 +595,7 @@ def train_stage(run, stage, done):
     copied from the weights), the learning rate's schedule (it counts the stage's own steps), the KL reference
     (the policy now, unless --reference base), the order of the data. Weights and the count of steps go on.
     """
-    run.optimizer = run.reference = run.policy.engine = None  # freed before this stage's are made
+    run.policy.engine = None  # an evaluation's memory, freed before this stage's is taken
     run.optimizer = ShardedAdamW(run.policy.named_parameters(), run.cfg.offload)
     if done:  # resumed within the stage
         run.optimizer.load(run.optimizer_files)
@@ -608,7 +612,8 @@ def train_stage(run, stage, done):
             run.save(stage, step + 1)
         if stopping:
             raise Stopped(stopping)
-    run.log.close_bar()
+    run.log.end_stage()
+    run.optimizer = run.reference = None  # before an evaluation takes memory
 
 
 def self_improve(run, stage, done):

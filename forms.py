@@ -1,15 +1,16 @@
 """One annotation, three forms (paper, section 3.1): an open example as a yes/no or option question.
 
 A wrong answer must be as likely as the right one to who does not look, or the question would teach to guess.
-So rows lend one another their right answers as wrong ones, two for yes/no, up to four for options. Of four
-rows that ask "How many cups are there?" `derive_all` makes
+So rows of one kind of question, whose words do not tell their answers apart, lend one another their right
+answers as wrong ones, two for yes/no, up to four for options. Of four rows that ask "How many cups are
+there?" `derive_all` makes
 
-    3   A. 5  B. 4  C. 3  D. 8 -> C       Is the answer 8? -> no
+    3   A. 3  B. 8  C. 4  D. 5 -> A       Is the answer 8? -> no
     4   A. 8  B. 5  C. 3  D. 4 -> D       Is the answer 4? -> yes
-    5   A. 3  B. 8  C. 4  D. 5 -> D       Is the answer 5? -> yes
-    8   A. 3  B. 4  C. 8  D. 5 -> C       Is the answer 8? -> yes
+    5   A. 4  B. 5  C. 3  D. 8 -> B       Is the answer 4? -> no
+    8   A. 5  B. 4  C. 8  D. 3 -> C       Is the answer 8? -> yes
 
-All four show the same options, and each is right once; letters and yes or no are drawn.
+All four show the same options, and each is right once; yes, no and letters take turns.
 """
 
 import hashlib
@@ -20,8 +21,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from rewards import FORMS, TASKS, Example
 from support.answers import offered_letters
+from support.blind import all_said, kinds, known
 from support.rows import attempt, first
 from support.words import UserError, say
 
@@ -47,9 +51,10 @@ def derive(example: Example, form: str, pool=None, seed: int = 0) -> Example:
 def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows: bool = False):
     """The list of all examples in another form, such that only the image tells what is right.
 
-    Rows go into sets whose answers are wrong for one another. A row whose partners are all taken, as its
-    answer is too frequent, is left out; one that no row can lend a wrong answer to gets invented ones, as in
-    `derive`. Rows without such a form are one UserError, or are dropped.
+    Rows of one kind of question go into sets whose answers are wrong for one another; yes, no and letters
+    take turns. A row whose partners are all taken, as its answer is too frequent, is left out; one that no row
+    can lend a wrong answer to gets invented ones, as in `derive`. Rows without such a form are one UserError,
+    or are dropped.
     """
     if form == "open":
         return examples
@@ -62,18 +67,17 @@ def derive_all(examples: list[Example], form: str, seed: int = 0, skip_bad_rows:
             lenders.append(Lender(place, example, right))
     lenders.sort(key=lambda row: _rng(row.example, "order", seed).random())  # not that of the file
     for task in dict.fromkeys(example.task for example in examples):
-        rows = [row for row in lenders if row.example.task == task]
+        rows, turns = [row for row in lenders if row.example.task == task], Counter()
         count = Counter(text for row in rows for text in row.right)
         for row in rows:  # last comes what cannot be wrong as often as right
             row.right.sort(key=lambda text: count[text] > len(rows) / 2)
-        sets, rest = exchange(rows, form)
-        for lent, members in sets + [(0, [row]) for row in _not_surplus(rows, rest, form, seed)]:
-            for row in members:
+        for lent, members, kind in sorted(groups_of(rows, form, seed), key=lambda group: -len(group[1])):
+            for row in members:  # of whole sets first, in which each answer has its turn
                 texts = [text for other in members if other is not row for text in other.shown_to(row, lent)]
                 if not (len(texts) > 2 or form == "binary" and texts):
-                    texts += _drawn(row, rows, form, seed)
+                    texts += _drawn(row, kind, form, seed)
                 rng = _rng(row.example, form, seed)
-                made[row.place] = attempt(make_question, row.example, form, row.right, texts, rng, lent)
+                made[row.place] = attempt(make_question, row.example, form, row.right, texts, rng, lent, turns)
     errors = [str(error) for error in made.values() if isinstance(error, UserError)]
     if errors and not (skip_bad_rows and len(errors) < len(made)):
         raise UserError("\n".join([*first(errors), "Correct them, give the form a file of its own, "
@@ -107,10 +111,33 @@ class Lender:
         return form == "choice" and self.right[0] in offered_letters(self.example.problem)
 
 
-def exchange(rows: list[Lender], form: str) -> tuple[list, list]:
-    """([(answers that each row lends, its set of rows), ..], rows in no set), of rows of one task.
+def groups_of(rows: list[Lender], form: str, seed: int) -> list:
+    """[(answers that each row lends, its set or itself alone, rows of its kind), ..], of rows of one task.
 
-    Rows that ask the same come together first: then not even the question tells its answer.
+    What a kind has left over is tried again with what others have, unless it is just the rest of a division.
+    """
+    groups, rest = [], rows
+    while rest:
+        before, rest = rest, []
+        questions = [all_said(row.example, TASKS[row.example.task].choose(row.example)) for row in before]
+        answers = np.array([known(row.right[0], row.example.size) for row in before], float)
+        for kind in ([before[n] for n in part] for part in kinds(questions, answers)):
+            sets, left = exchange(kind, form, again=before is not rows)
+            groups += [(lent, members, kind) for lent, members in sets]
+            if len(left) > 3:
+                rest += left
+            else:
+                groups += [(0, [row], kind) for row in left]
+        if len(rest) > 0.9 * len(before):
+            break
+    return groups + [(0, [row], rows) for row in _not_surplus(rows, rest, form, seed)]
+
+
+def exchange(rows: list[Lender], form: str, again=False) -> tuple[list, list]:
+    """([(answers that each row lends, its set of rows), ..], rows in no set), of rows of one kind.
+
+    Rows that ask the same come together first. again: these rows are left over, too many to be spread on
+    smaller sets, where they would be right too often.
     """
     rest, sets, count = rows, [], Counter(row.right[0] for row in rows)
     for size, lent in SETS[form]:
@@ -127,7 +154,7 @@ def exchange(rows: list[Lender], form: str) -> tuple[list, list]:
                     full, left = sets_of(part, size, lent)
                     sets += [(lent, members) for members in full]
                     rest += left
-        if lent == 1 and len(rest) < 0.8 * len(rows):  # smaller sets only where these are few
+        if lent == 1 and (again or size <= len(rest) < 0.8 * len(rows)):  # smaller sets if few
             break
     return sets, rest
 
@@ -145,18 +172,19 @@ def sets_of(rows: list[Lender], size: int, lent: int) -> tuple[list, list]:
 
 
 def _not_surplus(rows: list[Lender], rest: list[Lender], form: str, seed: int) -> list[Lender]:
-    """Of rows in no set those to be asked all the same: all, or those alone that no row lends a wrong answer."""
+    """Of rows in no set those to be asked all the same: all, or those alone that no row lends an answer."""
     alone = [row for row in rest if row.has_options(form)
              or not any(map(row.could_take, _sample(row, rows, seed)))]
     surplus, in_sets = len(rest) - len(alone), len(rows) - len(rest)
     name = f"{form} {rows[0].example.task}" if rows else form
     if surplus > max(3, 0.03 * len(rows)) and len(rows) > FEW and in_sets >= 0.1 * (in_sets + surplus):
         say(f"{name}: {surplus} of {len(rows)} rows are left out: answers like theirs are so "
-            "frequent that they could be guessed")
+            "frequent among questions like theirs that they could be guessed")
         rest = alone
-    if (bare := sum(not row.has_options(form) for row in alone)) > max(FEW, 0.1 * len(rows)):
-        say(f"{name}: to {bare} of {len(rows)} rows no other row lends a wrong answer; theirs are "
-            "invented, which may give the right one away (python -m tools.blind tells)")
+    if (bare := sum(not row.has_options(form) for row in rest)) > max(FEW, 0.1 * len(rows)):
+        say(f"{name}: to {bare} of {len(rows)} rows no other row lends a wrong answer among questions like "
+            "theirs; these are others' or invented, which may give the right one away (python -m tools.blind "
+            "tells)")
     return rest
 
 
@@ -187,10 +215,11 @@ def _rng(example: Example, form: str, seed: int) -> random.Random:
     return random.Random(hashlib.sha256(key.encode()).digest())
 
 
-def make_question(example: Example, form: str, right, texts, rng, lent=0) -> Example:
+def make_question(example: Example, form: str, right, texts, rng, lent=0, turns=None) -> Example:
     """The example in another form: wrong answers are the first of `texts` that are, else invented.
 
-    lent: how many right ones an option question shows (0: any).
+    lent: how many right ones an option question shows (0: any). turns: how often each letter, yes and no was
+    right so far, to which it is added: one whose turn it is, is right next (default: as drawn).
     """
     task = TASKS[example.task]
     if form == "choice" and right[0] in offered_letters(example.problem):  # options are there
@@ -198,16 +227,21 @@ def make_question(example: Example, form: str, right, texts, rng, lent=0) -> Exa
     if not (wrong := wrong_answers(example, texts, rng)):
         raise UserError(f"{example.where}: no wrong answer is at hand beside {right}; drop the "
                         f"row, or give {form} a file of its own.")
+    turns = Counter() if turns is None else turns
     if form == "binary":
-        text, answer = (right[0], "yes") if rng.random() < 0.5 else (wrong[0], "no")
+        yes = rng.random() < 0.5 + turns["no"] - turns["yes"]
+        text, answer = (right[0], "yes") if yes else (wrong[0], "no")
         problem = task.ask(example, text)
+        turns[answer] += 1
     else:
         right = right[:lent or rng.randint(1, task.most)]
         options = right + wrong[:4 - len(right)]
-        options = rng.sample(options, len(options))
-        answer = ", ".join(letter for letter, text in zip("ABCD", options) if text in right)
+        drawn = dict(zip("ABCD", rng.sample(range(len(options)), len(options))))
+        letters = sorted(drawn, key=lambda letter: (turns[letter], drawn[letter]))
+        turns.update(letters[:len(right)])
+        answer = ", ".join(sorted(letters[:len(right)]))
         problem = "\n".join([task.choose(example), *(
-            f"{letter}. {' '.join(text.split())}" for letter, text in zip("ABCD", options))])
+            f"{letter}. {' '.join(text.split())}" for letter, text in sorted(zip(letters, options)))])
     return replace(example, problem=problem, solution=f"<answer>{answer}</answer>", form=form)
 
 

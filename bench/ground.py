@@ -82,6 +82,12 @@ def timed(function):
     return result if isinstance(result, Cost) else here
 
 
+def bandwidth(device):
+    """Bytes a second that a large copy reads and writes."""
+    x, y = torch.ones(2, 2**27, device=device)  # 1 GiB
+    return 2 * x.nbytes / min(timed(lambda: x.copy_(y)).wall for _ in range(5))
+
+
 def alternately(functions, repeats):
     """Rounds for `compared`, the first to warm up: each of {name: function} in turn."""
     return [{name: timed(f) for name, f in functions.items()} for _ in range(repeats + 1)]

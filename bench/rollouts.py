@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.ground import Cost, build, compared, alternately, make_prompt, as_transformers, plain_inputs
+from bench.ground import (
+    Cost, alternately, as_transformers, bandwidth, build, compared, make_prompt, plain_inputs)
 from data import Prompt
 from engine import Engine, generate
 from packed import attach_attention
@@ -22,7 +23,11 @@ from support.words import UserError
 
 
 def beside(others, model, processor, repeats, prompts, G, C):
-    """Figures of a rollout by the engine and {name: sampler}; the share of equal greedy tokens."""
+    """Figures of a rollout by the engine and {name: sampler}; the share of equal greedy tokens.
+
+    The share of bandwidth is what a decode step must read, weights and cache, against `bandwidth` in
+    all of the engine's time, its prefill included.
+    """
     def engine(prompts, n, new, temperature):
         groups = generate(attach_attention(model), processor, prompts, n, new, temperature,
                           max_rows=len(prompts) * n)
@@ -35,11 +40,21 @@ def beside(others, model, processor, repeats, prompts, G, C):
         return cost
     samplers = {"engine": engine, **others}
     rounds = alternately({name: partial(rollout, name) for name in samplers}, repeats)
+    figures, cache = compared(rounds, model.device.type), model.engine.cache
+    kept = len(prompts) * (1 if cache.prompts else G) * len(prompts[0].input_ids)  # tokens of prompts
+    read = (kept + len(prompts) * G * C / 2) * sum(t[:, :1, :, :1].nbytes for t in cache.tails)
+    step = sum(p.nbytes for p in model.model.language_model.parameters()) + read
+    figures |= {"engine tok/s": len(prompts) * G * C / figures["engine s"], "graphs": len(model.engine.graphs),
+                "share of bandwidth": C * step / figures["engine s"] / bandwidth(model.device)}
     first, *rest = [sample(prompts, 1, 16, 0.0)[0] for sample in samplers.values()]
     same = [a == b for other in rest for pair in zip(first, other) for a, b in zip(*pair)]
-    figures = compared(rounds, model.device.type)
-    return {"engine tok/s": len(prompts) * G * C / figures["engine s"], **figures,
-            "greedy tokens alike": statistics.mean(same)}
+    return figures | ({"greedy tokens alike": statistics.mean(same)} if others else {})
+
+
+def engine_alone(size, device, repeats, B, G, P, C):
+    """A rollout of prompts with pictures."""
+    model, processor = build(size, device)
+    return beside({}, model, processor, repeats, [make_prompt(processor, P, seed) for seed in range(B)], G, C)
 
 
 def beside_generate(size, device, repeats, B, G, P, C):

@@ -1,9 +1,10 @@
 """A learner that sees no image: can yes/no and option questions be answered without looking?
 
-It is counts of each candidate what can be known blind: place, size and shape of a box; value and
-roundness of a number; its rank in each among the options; letter, length, capital; how often the
-text was right elsewhere. It is fitted on half of the images and tested on the other half. What it
-gets right above chance, a policy can learn without looking: no help with open questions.
+It is told of each candidate what can be known blind: place, size and shape of a box; value and
+roundness of a number; how far each is from what the question's words let one expect; its rank in
+these among the options; letter, length, capital; how often the text was right elsewhere. It is
+fitted on half of the images and tested on the other half. What it gets right above chance, a policy
+can learn without looking: no help with open questions.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ from support.warnings import family
 WARN = 0.10  # above chance
 GIVEN_AWAY = ". WARNING: the questions give their answers away: learning them need not be seeing"
 MOST = 4000  # questions of a task and form that are looked at
+LEAST, SURE = 3, 8.0  # questions with a telling word, and without it; chi-squared of what it tells
 ASKED = re.compile(r"Is there an? (.+)\?$|Is the answer (.+)\?$|Is (.+) the right box\?$")
+WORD = re.compile(r"[^\W\d_\u3040-\u9fff]+|[^\w\s]|[\u3040-\u9fff]")
 OPTION_LINE = re.compile(r"^([A-D])\. (.*)$", re.MULTILINE)
 
 
@@ -48,25 +51,96 @@ def known(text, size):
             value % 10 == 0, value % 1 == 0, len(text), text[:1].isupper(), text.count(".")]
 
 
+def kinds(questions, answers):
+    """Places of questions in parts, in each of which no word tells of the answer: [places, ..].
+
+    answers (n, F): what is known of each. The word that tells most parts the questions that have it
+    from the others, and so on in the parts: "percent", "year", "left"; but no name and no number.
+    """
+    found = [words_in(question) for question in questions]
+    place = {word: n for n, word in enumerate(sorted(set().union(*found)))}  # in any order of questions
+    found = [np.array(sorted(map(place.get, words)), int) for words in found]
+    ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in answers.T], 1)
+    parts, done = [np.arange(len(questions))], []
+    while parts:
+        part = parts.pop()
+        have = telling_word([found[n] for n in part], ranks[part])
+        if have is None:
+            done.append(part)
+        else:
+            parts += [part[have], part[~have]]
+    return done
+
+
+def telling_word(found, ranks):
+    """Which of n questions have the word that tells most of `ranks` (n, F); None if it is chance.
+
+    found: the words of each, as numbers.
+    """
+    n, owner = len(found), np.repeat(np.arange(len(found)), [len(words) for words in found])
+    _, word, count = np.unique(np.concatenate(found), return_inverse=True, return_counts=True)
+    apart = n * ranks - ranks.sum(0)  # from the mean, in whole numbers: alike everywhere
+    apart = [own for own in apart.T.astype(float) if own.any()]
+    able = np.minimum(count, n - count) >= LEAST  # (V,)
+    if not apart or not able.any():
+        return None
+    told = np.max([np.bincount(word, own[owner]) ** 2 / (own @ own) for own in apart], 0)
+    told *= able * n**2 / np.maximum(count * (n - count), 1)  # chi-squared, of the feature that fits best
+    return np.isin(np.arange(n), owner[word == told.argmax()]) if told.max() > SURE else None
+
+
+def all_said(example, question):
+    """A question with the turns before it."""
+    return " ".join([*(text for _, text in example.history), question])
+
+
+def words_in(text):
+    """Its words, a Chinese or Japanese character being one, and its signs; no number."""
+    return set(WORD.findall(text.lower()))
+
+
+def expected(questions, answers, use, ridge=3.0):
+    """What the words of questions tell of answers: (n, F) -> (n, F), by ridge regression.
+
+    Learned where `use` (n,) is true; there each is told as if it had not been among these itself.
+    """
+    found = [words_in(question) for question in questions]
+    counts = Counter(word for words in found for word in words)
+    kept = sorted(word for word, count in counts.items() if LEAST <= count)
+    words = np.array([[word in own for word in kept] for own in found], float)  # (n, V)
+    mean, kernel = answers[use].mean(0), words @ words[use].T
+    weights = np.linalg.solve(kernel[use] + ridge * np.eye(use.sum()), kernel.T).T
+    told, own = weights @ (answers[use] - mean), np.diag(weights[use])[:, None]
+    told[use] = (told[use] - own * (answers[use] - mean)) / (1 - own)
+    return mean + told
+
+
 def described(examples, train):
     """Features (n, F), right (n,) and question (n,) of all candidates; `train` questions tell how
-    often a text was right, where it was shown there ten times."""
-    counts = Counter((text.lower(), right) for example, use in zip(examples, train) if use
-                   for text, right in candidates(example))
-    rows, rights, owner = [], [], []
-    for number, example in enumerate(examples):
-        texts, right = zip(*candidates(example))
-        own = np.array([known(text, example.size) for text in texts], float)
+    often a text was right, where it was shown there ten times, and what their words let expect."""
+    asked = [candidates(example) for example in examples]
+    counts = Counter((text.lower(), right) for found, use in zip(asked, train) if use
+                     for text, right in found)
+    features = [np.array([known(text, example.size) for text, _ in found], float)
+                for example, found in zip(examples, asked)]
+    rights = [np.array([right for _, right in found]) for found in asked]
+    sure = np.array([right.any() for right in rights])  # a "no" tells no right answer
+    answers = np.array([own[right == right.max()].mean(0) for own, right in zip(features, rights)])
+    questions = [all_said(example, ASKED.sub("", OPTION_LINE.sub("", example.problem.strip())))
+                 for example in examples]
+    told = expected(questions, answers, train & (sure | ~sure.any()))
+    rows = []
+    for found, own, likely in zip(asked, features, told):
+        own = np.concatenate([own, abs(own - likely)], 1)
         order = own.argsort(0, kind="stable").argsort(0) / max(1, len(own) - 1)
         among = np.concatenate([order, order == 0, order == 1, abs(order - 0.5) < 0.34], 1)
-        seen = np.array([[counts[text.lower(), r] for r in (True, False)] for text in texts])
+        seen = np.array([[counts[text.lower(), r] for r in (True, False)] for text, _ in found])
         seen = seen * (seen.sum(1, keepdims=True) >= 10)
         share = (seen[:, :1] + 1) / (seen.sum(1, keepdims=True) + 2)
         rows.append(np.concatenate([own, among * (len(own) > 1), np.eye(len(own), 4),
                                     np.log1p(seen), share], 1))
-        rights += right
-        owner += [number] * len(own)
-    return np.concatenate(rows), np.array(rights), np.array(owner)
+    owner = np.repeat(np.arange(len(asked)), [len(found) for found in asked])
+    return np.concatenate(rows), np.concatenate(rights), owner
 
 
 def fit(x, right, steps=300, rate=0.5, decay=1e-3):

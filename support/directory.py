@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 
 from support.base import checkpoint_folder, first_line
 from support.files import (
-    clear_leftovers, damage, digest, read_jsonl, read_record, sync, write_aside, write_record)
+    Digested, clear_leftovers, damage, digest, joined, read_jsonl, read_record, sync, write_aside, write_record)
 from support.ranks import gather, world
 from support.words import RunError, UserError, say
 
@@ -101,7 +102,9 @@ class RunDirectory:
 
         state: a dict for JSON; optimizer: within a stage; rests_on: files of the run that resuming from here
         would read. All ranks call it together; RunError on all of them if any could not write its share.
+        Says how long it took, which is minutes for the 53 GB of a 3B model.
         """
+        started = time.monotonic()
         aside = path.with_name(f".writing-{path.name}")
         if world()[0] == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -111,7 +114,7 @@ class RunDirectory:
         try:
             files = self._write_share(aside, policy, processor, optimizer)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of them
-            problem = f"{path} could not be written ({first_line(error)})"
+            problem = f"{path} could not be written ({first_line(error.__context__ or error)})"
         shares = gather((problem, files))
         if problems := [problem for problem, _ in shares if problem]:
             if world()[0] == 0:
@@ -129,6 +132,7 @@ class RunDirectory:
             sync(path.parent)
             for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:  # `begin` has removed what was later
                 shutil.rmtree(old)
+            say(f"saved {path} in {time.monotonic() - started:.1f} s")
         gather(None)
 
     def _checkpoints(self):
@@ -146,19 +150,21 @@ class RunDirectory:
 
     def _write_share(self, folder, policy, processor, optimizer):
         """Write this rank's files of a checkpoint; returns {name: digest} of them."""
-        rank = world()[0]
-        mine = [folder / f"optimizer-{rank}.pt"] if optimizer else []
-        if mine:
-            torch.save(optimizer.state_dict(), mine[0])
+        rank, mine, found = world()[0], [], {}
+        if optimizer:  # nearly all bytes of a checkpoint
+            with Digested(folder / f"optimizer-{rank}.pt") as file:
+                torch.save(optimizer.state_dict(), file)
+            sync(file.name)
+            found = {f"optimizer-{rank}.pt": joined(file.blocks)}
         if rank == 0:
             policy.save_pretrained(folder)
             processor.save_pretrained(folder)
             shutil.copyfile(self.out / "metrics.jsonl", folder / "metrics.jsonl")
-            mine += [file for file in folder.iterdir() if not file.name.startswith("optimizer-")]
+            mine = [file for file in folder.iterdir() if not file.name.startswith("optimizer-")]
         for file in mine:
             file.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
             sync(file)
-        return {file.name: digest(file) for file in mine}
+        return found | {file.name: digest(file) for file in mine}
 
     # ---- Find where to go on ----
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -52,10 +53,38 @@ def digest(path):
             file.seek(start)
             return hashlib.sha256(file.read(BLOCK))
     starts = range(0, max(1, os.path.getsize(path)), BLOCK)
-    if len(starts) == 1:
-        return hashed(0).hexdigest()
+    if len(starts) == 1:  # thousands of images
+        return joined([hashed(0)])
     with ThreadPoolExecutor(8) as pool:
-        return hashlib.sha256(b"".join(block.digest() for block in pool.map(hashed, starts))).hexdigest()
+        return joined(list(pool.map(hashed, starts)))
+
+
+def joined(blocks):
+    """The `digest` of a file whose blocks have these SHA-256s."""
+    whole = blocks[0] if len(blocks) == 1 else hashlib.sha256(b"".join(block.digest() for block in blocks))
+    return whole.hexdigest()
+
+
+class Digested(io.BufferedWriter):
+    """A new file that is hashed while it is written, from its beginning to its end: nobody reads it again."""
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "w"))
+        self.blocks, self.room, self.pool = [hashlib.sha256()], BLOCK, ThreadPoolExecutor(8)
+
+    def write(self, data):
+        """Write bytes, and hash their blocks meanwhile; `joined(self.blocks)` is the digest so far."""
+        rest, hashing = memoryview(data).cast("B"), []
+        while len(rest):
+            if not self.room:
+                self.blocks, self.room = [*self.blocks, hashlib.sha256()], BLOCK
+            piece, rest = rest[:self.room], rest[self.room:]
+            hashing.append(self.pool.submit(self.blocks[-1].update, piece))
+            self.room -= len(piece)
+        written = super().write(data)
+        for each in hashing:
+            each.result()
+        return written
 
 
 def damage(folder, files):

@@ -42,11 +42,12 @@ class Log:
         watched = world()[0] == 0 and sys.stderr.isatty()
         self.bar = tqdm(total=stage.steps, initial=done, desc=stage.name, dynamic_ncols=True) if watched else None
 
-    def close_bar(self):
-        """Leave the bar's line, so that what is said next has one of its own."""
+    def end_stage(self):
+        """Leave the bar's line, so that what is said next has one of its own; say how the stage went."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        self.watch.end()
 
     def step(self, stage, head, totals, seconds, tail):
         """Write and show a step: means of `totals` between the columns of `head` and `tail`. Rank 0 alone.

@@ -44,7 +44,8 @@ def join_ranks(timeout_minutes):
         end_with_launcher(signal.SIGKILL)  # the others would never come
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                    timeout=timedelta(minutes=timeout_minutes))
+                                    timeout=timedelta(minutes=timeout_minutes),  # device_id: NCCL connects now
+                                    device_id=torch.device("cuda", local) if cuda else None)
         except (RuntimeError, ValueError) as error:
             address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             raise RunError(

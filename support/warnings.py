@@ -3,9 +3,11 @@
 Knows no task: whether answers are places in an image is handed in.
 """
 
+import math
 import os
 import re
 from collections import Counter
+from statistics import median_low
 
 from support.answers import BOX, parse_letters, truth_of
 from support.boxes import boxes_in
@@ -85,40 +87,81 @@ def of_a_run(cfg, examples: dict) -> list[str]:
 
 
 class Watch:
-    """Says why nothing seems to be learned, each reason once a stage: called with each log row."""
+    """Says why nothing is learned, or that it is lost, each reason once a stage: called with each log row."""
     STEPS = 20
 
     def __init__(self):
-        self.stage, self.rows, self.said = None, [], set()
+        self.stage, self.rows, self.said = None, [], set()  # the first rows of a stage, and the last
         self.rounding = 1e-3  # nats between sampled and scored log-probabilities, in float32
 
-    def __call__(self, row) -> None:
+    def __call__(self, row, aloud=True) -> None:
         if row["stage_index"] != self.stage:
             self.stage, self.rows, self.said = row["stage_index"], [], set()
-        self.rows = (self.rows + [row])[-self.STEPS:]
+        self.rows.append(row)
+        del self.rows[self.STEPS:-self.STEPS]
         for reason, sentence in self.signs(row) if "reward" in row else ():
             if reason not in self.said:
                 self.said.add(reason)
-                say(sentence)
+                if aloud:
+                    say(sentence)
+
+    def recall(self, rows) -> None:
+        """Rows that a resumed run has logged: how its stage began, and what has been said."""
+        for row in rows:
+            self({name: math.nan if value is None else value for name, value in row.items()}, aloud=False)
+
+    def end(self) -> None:
+        """The stage is over: say so if it ends below its start."""
+        if fall := self.fall(min(self.STEPS, max(1, len(self.rows) // 2)), 3.0):
+            say(f"{self.rows[-1]['stage']} ends below its start, and what follows begins there: {fall}")
+
+    def column(self, name) -> list[float]:
+        """A number of each of these rows that has it."""
+        return [row[name] for row in self.rows if name in row]
+
+    def fall(self, last, errors, share=1.0) -> str:
+        """How accuracy fell from the first steps to below `share` of it in so many last ones, or "".
+
+        By more than chance: standard errors of steps that differ as these do, or of four questions a step.
+        """
+        accuracy, kl = self.column("reward/accuracy"), self.column("kl") or [0.0]
+        noise = sum((a - b) ** 2 for a, b in zip(accuracy, accuracy[1:])) / 2 / max(1, len(accuracy))
+        for first in range(1, min(self.STEPS, len(accuracy) - last) + 1):
+            began, now = sum(accuracy[:first]) / first, sum(accuracy[-last:]) / last
+            variance = sum(max(p * (1 - p) / 4, noise) / n for p, n in (
+                ((began * first + 0.5) / (first + 1), first), ((now * last + 0.5) / (last + 1), last)))
+            if now < share * began and began - now > errors * variance**0.5:
+                return (f"accuracy was {began:.2f} in the first {first} of its steps and is {now:.2f} in the "
+                        f"last {last}; KL is {kl[-1]:.2g}, {kl[0]:.2g} at first. Lower --lr, or raise --beta")
+        return ""
 
     def signs(self, row):
-        """(reason, sentence) of each sign in the last rows."""
-        if row["logp_gap"] > self.rounding:
+        """(reason, sentence) of each sign in the rows up to this one."""
+        def middle(name):
+            return median_low(self.column(name)[-self.STEPS:] or [0.0])
+        last, long = f"{row['stage']}, the last {self.STEPS} steps:", len(self.rows) >= self.STEPS
+        gap, began, kl_began = row["logp_gap"], self.rows[0]["logp_gap"], self.rows[0].get("kl", 0.0)
+        if gap > self.rounding or long and (gap := middle("logp_gap")) > max(self.rounding / 5, 3 * began):
             yield "gap", (f"{row['stage']}, step {row['stage_step']}: sampled and scored log-probabilities "
-                          f"are {row['logp_gap']:.2g} apart, far above rounding: the generator samples "
-                          "another distribution than the one that is trained (a repetition penalty, top_p, "
-                          "another temperature, old weights)")
-        if len(self.rows) < self.STEPS:
+                          f"are {gap:.2g} apart, {began:.2g} at first, far above rounding: the generator "
+                          "samples another distribution than the one that is trained (a repetition penalty, "
+                          "top_p, another temperature, old weights)")
+        if not long:
             return
-        reward, truncated, equal = (sum(row[name] for row in self.rows) / self.STEPS
+        reward, truncated, equal = (sum(self.column(name)[-self.STEPS:]) / self.STEPS
                                     for name in ("reward", "truncated", "equal_groups"))
-        last = f"{row['stage']}, the last {self.STEPS} steps:"
+        if (kl := middle("kl")) > 1 + 10 * kl_began:
+            yield "kl", (f"{last} KL is {kl:.2g} nats a token, {kl_began:.2g} at first: the policy runs away "
+                         "from its reference. Lower --lr, or raise --beta")
         if truncated > 0.5:
             yield "truncated", (f"{last} {truncated:.0%} of the completions were cut before their end; raise "
                                 "--max_completion_length, or train a terser model")
-        if reward == 0:
-            yield "reward", (f"{last} every reward was 0, which teaches nothing; look at samples.jsonl, and "
-                             "begin with an easier form or with a model that answers in the format")
+        if fall := self.fall(self.STEPS, 3.5, 0.5):
+            yield "fall", f"{row['stage']}: what was known is being lost: {fall}"
+        elif not any(self.column("reward/accuracy")[-self.STEPS:] or [reward]):
+            what = "no answer was right" if reward else "every reward was 0"
+            yield "reward", (f"{last} {what}, which teaches nothing; look at samples.jsonl, and begin with an "
+                             "easier form or with a model that answers in the format")
         elif equal > 0.9:
             yield "equal", (f"{last} in {equal:.0%} of the groups all rewards were equal, which teaches "
                             "nothing; ask harder questions if they are all right, else easier ones, or raise "

@@ -9,7 +9,7 @@ import torch
 
 from bench.__main__ import main
 from bench.ground import Cost, build, compared, alternately, make_prompt, as_transformers, plain_inputs
-from bench.rollouts import beside_vllm, shared_prompts, vllm_pair
+from bench.rollouts import beside_vllm, engine_alone, shared_prompts, vllm_pair
 from bench.updates import Turns, full_step, group_update, our_run
 from engine import generate
 from packed import attach_attention, forbidden_bias, pack, token_logps
@@ -36,6 +36,25 @@ def test_every_table_is_json_with_the_machine(flag, figures, monkeypatch, capsys
     assert set(report) == {"machine"} and "B 2, G 2, P 40, C 3" in printed.err
     assert report["machine"]["torch"] == torch.__version__
     assert figures <= set(measured) and measured.get("greedy tokens alike", 1) == 1
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch, capsys):
+    def measure(*_, P, **__):
+        if P == 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return {"figure": 1.0}
+    monkeypatch.setattr("bench.__main__.LENGTHS", [SHAPE, {**SHAPE, "P": 50}])
+    monkeypatch.setattr("bench.__main__.shared_prompts", measure)
+    assert main(["--size", "demo", "--prompts"]) == 0
+    printed = capsys.readouterr()
+    assert "did not fit                     CUDA out of memory.\n" in printed.out and "figure" in printed.out
+    assert printed.err.endswith("did not fit in the memory that is there: B 2, G 2, P 40, C 3\n")
+
+
+def test_a_rollout_alone_says_what_its_steps_must_read():
+    """On a GPU: at most the bandwidth of a copy. One captured step counts once, here there are none."""
+    figures = engine_alone("demo", "cpu", 1, **SHAPE)
+    assert figures["graphs"] == 0 and 0 < figures["share of bandwidth"] < 1 and "engine tok/s" in figures
 
 
 def test_the_real_size_needs_a_gpu_and_says_so(monkeypatch, capsys):
@@ -85,7 +104,7 @@ def test_a_step_trains_at_full_length_and_takes_turns(tmp_path):
     prompts = run.prompts(run.examples["open"])
     lengths = {len(o.tokens) for o in generate(run.policy.eval(), run.processor, prompts, 8, 50)[0]}
     assert lengths == {50}, "no completion may end early"
-    figures = full_step("demo", "cpu", 1, B=2, G=2, C=3, side=84)
+    figures = full_step("demo", "cpu", 1, B=2, G=2, C=3, side=84, offload=True, beta=0.0)
     assert figures["hours of 3,400 such steps"] == pytest.approx(3400 * figures["step s"] / 3600)
 
 

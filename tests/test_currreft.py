@@ -96,12 +96,16 @@ def test_the_reference_is_a_copy_of_the_policy_and_scored_once_however_many_upda
 
     It is frozen: scoring it again in every update gives the same numbers for a fifth of the time.
     """
-    seen, update, scored, score = [], currreft.update, [], currreft.token_logps
-    monkeypatch.setattr(currreft, "update", lambda run, *a: seen.append(run) or update(run, *a))
+    seen, freed, scored = [], [], []
+    update, evaluate, score = currreft.update, currreft.Run.evaluate, currreft.token_logps
+    monkeypatch.setattr(currreft, "update", lambda run, *a: seen.append((run, run.reference)) or update(run, *a))
+    monkeypatch.setattr(currreft.Run, "evaluate", lambda run, name: freed.append(
+        run.optimizer is run.reference is None) or evaluate(run, name))
     monkeypatch.setattr(currreft, "token_logps", lambda model, *a: scored.append(model) or score(model, *a))
     train("--stages", "open:1", "--updates_per_rollout", "3")
     assert sorted(map(scored.count, set(scored))) == [2, 6], "two micro-batches: once, the policy three times"
-    reference, policy = seen[0].reference, seen[0].policy
+    reference, policy = seen[0][1], seen[0][0].policy
+    assert freed == [True, True], "an evaluation has the memory of optimizer and reference"
     assert not torch.equal(reference.lm_head.weight, policy.lm_head.weight)
     assert reference.engine is None and not any(p.requires_grad for p in reference.parameters())
     assert not {p.data_ptr() for p in reference.parameters()} & {p.data_ptr() for p in policy.parameters()}

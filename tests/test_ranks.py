@@ -49,6 +49,18 @@ def test_ranks_that_cannot_meet_say_so_in_time(environment, error, words, monkey
         join_ranks(0.01)
 
 
+def test_gpus_connect_when_ranks_join_and_not_at_the_first_gradient(monkeypatch):
+    """A broken fabric shows before data are read and a model is loaded; a device_id is what asks for it."""
+    asked = []
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr("support.ranks.dist.init_process_group", lambda backend, timeout, device_id: asked.append(
+        (backend, device_id)))
+    assert join_ranks(1) == torch.device("cuda", 1) and asked == [("cpu:gloo,cuda:nccl", torch.device("cuda", 1))]
+
+
 def test_a_rank_without_a_number_can_leave(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "zero")
     monkeypatch.setattr("support.ranks.time.sleep", lambda seconds: None)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import shutil
 import sys
 from unittest.mock import Mock
@@ -98,18 +99,35 @@ def test_every_reward_is_called_by_one_that_tells():
         safe_reward(accuracy_reward, "<answer>2</answer>", poetry)
 
 
-# ---- Why nothing is learned ----
+# ---- Why nothing is learned, and what is lost ----
 
-def steps(count, **values):
-    plain = {"reward": 0.5, "truncated": 0.0, "equal_groups": 0.0, "logp_gap": 1e-6}
-    return [{"stage": "open", "stage_index": 0, "stage_step": 1, **plain, **values}] * count
+def steps(*accuracies, **values):
+    plain = {"reward": 0.5, "truncated": 0.0, "equal_groups": 0.0, "logp_gap": 1e-6, "kl": 0.01}
+    return [{"stage": "open", "stage_index": 0, "stage_step": n, **plain, "reward/accuracy": accuracy, **values}
+            for n, accuracy in enumerate(accuracies, 1)]
+
+
+def noisy(count, middle, seed=0):
+    """Accuracies of a healthy run, 32 completions a step."""
+    rng = random.Random(seed)
+    return [sum(rng.random() < middle for _ in range(32)) / 32 for _ in range(count)]
+
+
+FELL = [0.84, 0.41, *[0.0] * 48]
 
 
 @pytest.mark.parametrize("rows, words", [
-    (steps(40, truncated=0.9), "90% of the completions were cut"),
-    (steps(40, reward=0.0, equal_groups=1.0), "every reward was 0"),
-    (steps(40, equal_groups=0.95), "95% of the groups all rewards were equal"),
-    (steps(2, logp_gap=0.018), "samples another distribution"), (steps(19, truncated=0.9), ""), (steps(40), "")])
+    (steps(*[0.5] * 40, truncated=0.9), "90% of the completions were cut"),
+    (steps(*[0.0] * 40, reward=0.0, equal_groups=1.0), "every reward was 0"),
+    (steps(*[0.0] * 40, reward=1.0), "no answer was right"),
+    (steps(*[0.5] * 40, equal_groups=0.95), "95% of the groups all rewards were equal"),
+    (steps(*[0.5] * 2, logp_gap=0.018), "samples another distribution"),
+    (steps(*[0.5] * 20) + steps(*[0.5] * 20, logp_gap=5e-4), "0.0005 apart, 1e-06 at first"),
+    (steps(*[0.5] * 20) + steps(*[0.5] * 20, kl=5.0), "KL is 5 nats a token, 0.01 at first"),
+    (steps(*FELL, kl=0.5), "0.84 in the first 1 of its steps and is 0.00 in the last 20; KL is 0.5"),
+    (steps(*noisy(20, 0.8), *noisy(30, 0.1)), "what was known is being lost"),
+    (steps(*[0.5] * 19, truncated=0.9), ""), (steps(*[0.5] * 40), ""), (steps(*noisy(40, 0.1), *noisy(400, 0.5)), ""),
+    *((steps(*noisy(600, middle, seed)), "") for middle in (0.05, 0.5, 0.8) for seed in range(3))])
 def test_why_nothing_is_learned_is_said_once(rows, words, capsys):
     watch = Watch()
     for row in rows:
@@ -119,6 +137,33 @@ def test_why_nothing_is_learned_is_said_once(rows, words, capsys):
     for row in rows:
         watch(row | {"stage_index": 1})
     assert capsys.readouterr().err.count("\n") == bool(words), "and once a stage"
+
+
+@pytest.mark.parametrize("accuracies, says", [
+    (FELL, True), ([*noisy(30, 0.8), *noisy(60, 0.5)], True), (noisy(90, 0.5), False), ([0.0] * 9, False),
+    ([*noisy(30, 0.5), *noisy(60, 0.8)], False), ([1.0], False), ([1.0, 0.0], False)])
+def test_a_stage_that_ends_below_its_start_says_so(accuracies, says, capsys):
+    """Also resumed, where it remembers how the stage began; what was said is not said again."""
+    whole, resumed = Watch(), Watch()
+    for row in steps(*accuracies):
+        whole(row)
+    capsys.readouterr()
+    resumed.recall([row | {"kl": None} for row in steps(*accuracies[:-1])])
+    assert capsys.readouterr().err == ""
+    resumed(steps(*accuracies)[-1])
+    for watch in (whole, resumed):
+        capsys.readouterr()
+        watch.end()
+        assert ("open ends below its start" in capsys.readouterr().err) == says
+
+
+def test_a_resumed_stage_knows_how_it_began(base, tmp_path, monkeypatch, capsys):
+    calls = iter(range(999))
+    monkeypatch.setattr(currreft, "accuracy_reward", lambda *_, **__: float(next(calls) < 24))  # for three steps
+    run = arguments(base, tmp_path / "run", "--stages", "binary:6", "choice:1", "--save_every", "3")
+    main(begun(run, at=4))
+    said = capsys.readouterr().err
+    assert "binary ends below its start" in said and "accuracy was 1.00 in the first" in said
 
 
 def test_settings_that_can_hardly_be_meant_are_told_at_the_start(base, learnable, tmp_path, capsys):

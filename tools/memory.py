@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig
 
 from currreft import parse_args
 from support.flags import check_values
-from support.memory import OVERHEAD, memory_needed
+from support.memory import OVERHEAD, host_needed, memory_needed
 from support.words import command
 
 SIZES = {  # of the released configurations, what decides; the vision towers differ in their output
@@ -34,10 +34,11 @@ def configuration(size):
 
 
 def estimate(size, ranks, flags, prompt_length=None):
-    """{what: GiB per GPU} with weights in bfloat16; the last is "estimated", the worst moment."""
-    cfg = parse_args([*flags, "--dtype", "bfloat16"])
-    needed = memory_needed(configuration(size), cfg, ranks, prompt_length)
-    return {name: n / 2**30 for name, n in {**needed, "estimated": sum(needed.values())}.items()}
+    """{what: GiB per GPU} in bfloat16; "estimated": the worst moment; "host": of a machine of 8 GPUs at most."""
+    cfg, config = parse_args([*flags, "--dtype", "bfloat16"]), configuration(size)
+    needed = memory_needed(config, cfg, ranks, prompt_length)
+    host = host_needed(config, cfg, ranks, here=min(ranks, 8))
+    return {name: n / 2**30 for name, n in {**needed, "estimated": sum(needed.values()), "host": host}.items()}
 
 
 @command
@@ -52,7 +53,7 @@ def main(argv=None):
     args, flags = parser.parse_known_args(given)
     check_values(vars(args))
     cards = [(args.size, args.ranks, "?", " ".join(flags))] if given else CARDS
-    print(f"GiB per GPU; about {OVERHEAD / 2**30:.0f} more for CUDA itself\n")
+    print(f"GiB per GPU; up to {OVERHEAD / 2**30:.1f} more for CUDA itself and captured steps\n")
     for number, (size, ranks, card, flags) in enumerate(cards):
         found = estimate(size, ranks, flags.split(), args.prompt_length)
         if number == 0:

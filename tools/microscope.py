@@ -73,7 +73,8 @@ def recorded(folder, data=None):
 def steps_at_hand(run):
     """{step: (its row of metrics.jsonl, the weights before it)} of RL steps that can be taken."""
     found, file = {}, run.directory.out / "metrics.jsonl"
-    for row in read_jsonl(file, "step", "stage_index", "stage_step", "reward") if file.exists() else ():
+    names = "step", "stage_index", "stage_step", "reward"
+    for row in read_jsonl(file, *names) if file.exists() else ():
         stage = run.cfg.curriculum[row["stage_index"]]
         path = run.directory.checkpoint(row["step"] - 1)
         if row["stage_step"] == 1:

@@ -274,7 +274,7 @@ def example_tile(asked):
 # ---- Command line ----
 
 def draw_examples(args):
-    """A sheet of rows, evenly from all, each in the forms that a run trains on; returns its path."""
+    """A sheet of rows, evenly from all, in the forms that a run trains on; returns its path."""
     files, rows = find_files(args.data)["train"], {}
     shown = [form for form in FORMS if files[form] or files["open"]]
     forms = training_forms(files, shown, args.seed, image_root=args.image_root or args.data,

@@ -1,7 +1,6 @@
 """A rehearsal of the whole run on the real Qwen2.5-VL-3B without its weights.
 
-    python -m tools.rehearse              on CUDA all 3.75 B parameters; else shrunk, a minute
-    python -m tools.rehearse --no-full    shrunk: width / 8, 4 text and 8 vision layers
+    python -m tools.rehearse    on a GPU of 80 GB all 3.75 B parameters, 100 GB in TMPDIR; else shrunk
 
 The released configuration and files (flat config, tokens at their ids, two end tokens, a template
 of its own for images, a head wider than the tokenizer) pass through every phase of the command
@@ -35,8 +34,9 @@ from data import load_examples
 from engine import load_policy
 from packed import pack, packed_hidden
 from support.directory import RunDirectory
+from support.ranks import usable_gpu
 from support.tiny import SPECIAL_TOKENS, TEMPLATE, tiny_data, tiny_tokenizer
-from support.words import UserError, command
+from support.words import command
 
 # config.json, generation_config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct, in
 # the layout of their release (text settings lie flat)
@@ -128,7 +128,7 @@ def some_reward(text, example, **_):
 
 def rehearse(folder, width, device="cpu", dtype=torch.float32):
     """Every phase of a run on a checkpoint of the real shape; returns (base, run directory)."""
-    folder, run, steps, step = Path(folder), Path(folder) / "run", [], currreft.grpo_step
+    folder, run, step = Path(folder), Path(folder) / "run", currreft.grpo_step
     with phase("checkpoint in the released layout, random weights"):
         base = real_checkpoint(folder / "base", width, device, dtype)
         data = tiny_data(folder / "data")
@@ -137,11 +137,10 @@ def rehearse(folder, width, device="cpu", dtype=torch.float32):
         "--reject_samples 2 --reject_threshold 0 --eval_limit 1 --lr 1e-5 --sft_lr 1e-5 "
         "--checkpoint_activations --stages binary:1 choice:2 open:1 reject:1").split()]
 
-    def stopped(*args):  # SIGTERM within the second step, as a scheduler sends it
-        steps.append(args)
-        if len(steps) == 2:
+    def stopped(run, stage, number):  # SIGTERM within the second step, as a scheduler sends it
+        if stage.name == "choice":
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return step(run, stage, number)
     with phase("python -m tools.check"):
         looked = subprocess.run([sys.executable, "-m", "tools.check", *flags, "--stages", "open:1"],
                                 cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -187,18 +186,12 @@ def check_reload(path, data, device, dtype):
 @command
 def main(argv=None):
     """Rehearse, a line for each phase; a phase that fails ends it with its error."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=cuda,
-                        help="all parameters: a GPU of 80 GB, 100 GB in TMPDIR (default: on CUDA)")
-    args = parser.parse_args(argv)
-    if args.full and not cuda:
-        raise UserError("--full needs a GPU")
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    size = "full size" if args.full else "width / 8, 4 + 8 layers"
-    print(f"{size}, random {dtype} weights, {device}")
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args(argv)
+    device, dtype = ("cuda", torch.bfloat16) if usable_gpu() else ("cpu", torch.float32)
+    full = device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 70 * 2**30
+    print(f"{'full size' if full else 'width / 8, 4 + 8 layers'}, random {dtype} weights, {device}")
     with tempfile.TemporaryDirectory() as folder:
-        rehearse(folder, 1 if args.full else 8, device, dtype)
+        rehearse(folder, 1 if full else 8, device, dtype)
 
 
 if __name__ == "__main__":
