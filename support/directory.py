@@ -344,15 +344,16 @@ def model_digest(path):
             if file.suffix in (".json", ".jinja", ".txt", ".safetensors")}
 
 
-def code_digest(root="currreft.py"):
-    """{file: digest of its code, comments aside} of `root` and all of this project that it imports; versions."""
-    found, todo = {f"{library.__name__} {library.__version__}": "" for library in (torch, transformers)}, [root]
+def code_digest():
+    """{file: digest of its code, comments aside} of currreft.py and all of this project that it imports; versions."""
+    found = {f"{library.__name__} {library.__version__}": "" for library in (torch, transformers)}
+    todo = ["currreft.py"]
     for name in todo:  # which grows meanwhile
         tree = ast.parse((CODE / name).read_bytes())
         found[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
         for node in ast.walk(tree):
             modules = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and node.module:
                 modules = [node.module, *(f"{node.module}.{name}" for name in modules)]
             files = {f"{module.replace('.', '/')}.py" for module in modules}
             todo += sorted(file for file in files - {*todo} if (CODE / file).exists())
