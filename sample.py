@@ -1,7 +1,7 @@
 """What a trained policy is used for: answers, evaluation, and the samples of phase 2.
 
     python sample.py answer --model RUN/stages/3-open --image photo.jpg --question "Where is the dog?" --task detection
-    python sample.py evaluate --model RUN/stages/3-open --data test.jsonl --samples 8
+    python sample.py evaluate --model RUN --data DIR --samples 8     # of a run, the end of its last stage
 
 The engine that generates (`load_policy`, `generate`) is in engine.py.
 """
@@ -18,19 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from data import load_examples, model_size, with_places
 from engine import generate, load_policy
 from rewards import FORMS, TASKS, Example, accuracy_reward, format_reward, is_correct, safe_reward, task_of
 from support.answers import extract_answer, parse_boxes
-from support.drawing import view
+from support.drawing import save_picture, view
 from support.files import read_jsonl, sealed, write_aside
 from support.flags import check_values
-from support.images import load_image
-from support.ranks import gather, world
+from support.images import inspect_image
+from support.ranks import gather, usable_gpu, world
 from support.reasons import leads_to, sentences, substance, tokens
+from support.rows import find_files
 from support.words import RunError, UserError, command, say
 
 # ---- Evaluation ----
@@ -161,13 +161,14 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
     done = gather(answered(out, sampled, judge) if rank == 0 else None)[0]  # read before anybody appends
     mine = [i for i in range(rank, len(questions), ranks) if None in done.get(keys[i], {"scores": [None]})["scores"]]
     bar = tqdm(total=len(mine), desc="rejection sampling", disable=None if rank == 0 else True, leave=False)
-    lock, pending = threading.Lock(), []
+    lock, pending, written = threading.Lock(), [], {}
 
     def score(i, answers, scores):
         """Judge the answers of question i that have no score yet, and write the line of its record."""
         scores = [judge(answer, questions[i]) if had is None else had for answer, had in zip(answers, scores)]
         with lock:
             row = {"key": keys[i], "sampled": sampled, "answers": answers, "judge": judge.name, "scores": scores}
+            written[keys[i]] = row
             file.write("\n" + json.dumps(sealed(row)))  # ends a torn line
             file.flush()
             bar.update()
@@ -200,9 +201,10 @@ def rejection_sample(model, processor, questions, out, *, judge=None, samples=8,
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     bar.close()
-    judge.problem = next(filter(None, gather(judge.problem)), "")  # of any rank; by now all have written
-    kept = gather(merge_partials(out, answered(out, sampled, judge), questions, threshold, judge)
-                  if rank == 0 else None)[0]
+    judge.problem = next(filter(None, gather(judge.problem)), "")  # of any rank
+    for rows in gather(written):  # not read again: a shared disk may show another node's files late
+        done |= rows
+    kept = gather(merge_partials(out, done, questions, threshold, judge) if rank == 0 else None)[0]
     if isinstance(kept, str):
         raise RunError(kept)
     return kept
@@ -269,7 +271,7 @@ def kept_examples(path, questions):
     Paired by what a question says, never by its place. UserError where a kept question is not among `questions`.
     """
     by_key = dict(zip(question_keys(questions), questions))
-    rows = read_jsonl(path)
+    rows = gather(read_jsonl(path) if world()[0] == 0 else None)[0]
     if lost := [row for row in rows if row["question"] not in by_key]:
         raise UserError(f"{path} was kept from other questions: {len(lost)} of its {len(rows)} are not among those of "
                         f"now, the first of {lost[0]['source']}. Give the run its questions back")
@@ -278,36 +280,48 @@ def kept_examples(path, questions):
 
 # ---- Command line ----
 
+def loaded(args, name):
+    """(model, processor, --out): of a run the end of its last stage; `name` beside it, or here if it is of the hub."""
+    stages = sorted(Path(args.model).glob("stages/[0-9]*"), key=lambda path: int(path.name.partition("-")[0]))
+    out = Path(args.out or (Path(args.model, name) if Path(args.model).is_dir() else name))
+    return *load_policy([args.model, *stages][-1], "cuda" if usable_gpu() else "cpu", max_pixels=args.max_pixels), out
+
+
 def answer(args):
     """Answer one question about any number of images; draw the boxes found on the first."""
-    model, processor = load_policy(args.model, args.device, max_pixels=args.max_pixels)
+    sizes = [inspect_image(image) for image in args.image]  # what cannot be shown is said before weights are loaded
+    model, processor, out = loaded(args, "answer.png")
     example = Example(problem=args.question, solution="", task=args.task, form="open", images=tuple(args.image))
     (group,) = generate(model, processor, [processor(example)], 1, args.max_completion_length, args.temperature,
                         args.top_p)
     print(group[0].text)
     boxes = parse_boxes(extract_answer(group[0].text) or "")
     if args.image and boxes:
-        size = model_size(load_image(args.image[0]).size, processor.max_pixels)  # the pixels that the model speaks of
-        view(args.image[0], size, [("red", boxes)]).save(args.out)
-        print(f"{len(boxes)} boxes drawn in {args.out}", file=sys.stderr)
+        size = model_size(sizes[0], processor.max_pixels)  # the pixels that the model speaks of
+        save_picture(view(args.image[0], size, [("red", boxes)]), out)
+        print(f"{len(boxes)} boxes drawn in {out}", file=sys.stderr)
 
 
 def evaluate_files(args):
-    """Evaluate a checkpoint on files; print the table and save every prediction."""
-    if not Path(args.out).absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no such directory")
-    model, processor = load_policy(args.model, args.device, max_pixels=args.max_pixels)
+    """Evaluate a checkpoint on test files; print the table and save every prediction."""
+    model, processor, out = loaded(args, "predictions.jsonl")
     examples = []
     for path in args.data:
-        rows = load_examples(path, image_root=args.image_root, form=args.form, task=args.task,
-                             max_pixels=processor.max_pixels)
-        examples += [replace(example, split=Path(path).stem) for example in rows]
+        folder = Path(path).is_dir()
+        for split, (form, file) in (find_files(path)["test"] if folder else {Path(path).stem: (None, path)}).items():
+            rows = load_examples(file, image_root=args.image_root or (path if folder else None), task=args.task,
+                                 form=args.form or form, max_pixels=processor.max_pixels)
+            examples += [replace(example, split=split) for example in rows]
+    if not examples:
+        raise UserError(f"--data {' '.join(args.data)} has no test files; name the files themselves")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    open(out, "w").close()  # whether it can be written is known before the work
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
     splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature,
                                    top_p=args.top_p, max_completion_length=args.max_completion_length)
-    Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    out.write_text("".join(json.dumps(row) + "\n" for row in predictions), encoding="utf-8")
     print(json.dumps(splits, indent=1))
-    print(f"{len(predictions)} predictions in {args.out}", file=sys.stderr)
+    print(f"{len(predictions)} predictions in {out}", file=sys.stderr)
 
 
 @command
@@ -319,17 +333,16 @@ def main(argv=None):
     one.add_argument("--question", required=True)
     one.add_argument("--image", nargs="*", default=[])
     one.add_argument("--task", choices=TASKS, default="general")
-    one.add_argument("--out", default="answer.png", help="where the image with the boxes found goes")
-    files = commands.add_parser("evaluate", help="accuracy and pass@k of a checkpoint on files", allow_abbrev=False)
-    files.add_argument("--data", nargs="+", required=True, help="JSONL files")
-    files.add_argument("--image_root")
+    one.add_argument("--out", help="the image with the boxes found (default: answer.png in --model)")
+    files = commands.add_parser("evaluate", help="accuracy and pass@k of a checkpoint", allow_abbrev=False)
+    files.add_argument("--data", nargs="+", required=True, help="data directory, as currreft.py's, or files")
+    files.add_argument("--image_root", help="what image paths are relative to (default: --data)")
     files.add_argument("--task", nargs="+", help="task of rows that name none: TASK, or NAME=TASK by file")
     files.add_argument("--form", choices=FORMS, help="form of the questions (default: by the file's name)")
     files.add_argument("--samples", type=int, default=1, help="answers to each question; more than 1 give pass@k")
-    files.add_argument("--out", default="predictions.jsonl")
+    files.add_argument("--out", help="every answer (default: predictions.jsonl in --model)")
     for each, function in ((one, answer), (files, evaluate_files)):
-        each.add_argument("--model", required=True, help="checkpoint directory or hub name")
-        each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        each.add_argument("--model", required=True, help="run, checkpoint or hub name")
         each.add_argument("--max_pixels", type=int, help="pixels of an image at most (default: the checkpoint's)")
         each.add_argument("--max_completion_length", type=int, default=512)
         each.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -337,7 +350,7 @@ def main(argv=None):
         each.set_defaults(function=function)
     args = parser.parse_args(argv)
     greedy = {"temperature"} if args.temperature == 0 else set()
-    check_values({name: value for name, value in vars(args).items() if value is not None and name not in greedy})
+    check_values({name: value for name, value in vars(args).items() if name not in greedy})
     args.function(args)
 
 

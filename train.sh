@@ -31,7 +31,7 @@ resume=$([ -f runs/demo/run/config.json ] && echo --resume || true)
     --lr_schedule constant --reject_samples 4
 
 echo "== 3. Ask the trained model about a picture; the box it finds is drawn"
-"$PYTHON" sample.py answer --model runs/demo/run/stages/4-reject --image runs/demo/data/images/test/0000.png \
+"$PYTHON" sample.py answer --model runs/demo/run --image runs/demo/data/images/test/0000.png \
     --task detection --question "Where is the blue cross?" --out runs/demo/answer.png --max_completion_length 64
 
 echo "== 4. Pictures of the run: its curves, and test questions with its answers"

@@ -85,7 +85,7 @@ def work(tasks, jobs):
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            list(tqdm(pool.map(do, tasks), total=len(tasks), unit="run", dynamic_ncols=True))
+            list(tqdm(pool.map(do, tasks), total=len(tasks), unit="run", dynamic_ncols=True, disable=None))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # what runs was interrupted, too
             raise

@@ -253,7 +253,7 @@ def pretrain(name, steps, step, optimizers):
     """`steps` steps, 20 of linear warm-up, then cosine to zero; step(n) adds gradients."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
-    for n in (bar := tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True)):
+    for n in (bar := tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True, disable=None)):
         bar.set_postfix(loss=f"{step(n):.3f}", refresh=False)
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / steps))

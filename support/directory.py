@@ -15,6 +15,7 @@ A run is made of its settings, the bytes of its data, images and base model, and
 they differ. Paths are no content: a copy of the same bytes elsewhere is no change.
 """
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -236,7 +237,8 @@ class RunDirectory:
             changed = [str(error)]
         if changed and not settings["allow_changes"]:
             raise UserError("\n  ".join(["this is not what the run was begun with:", *changed]) + "\nResume with what "
-                            "it had, or accept the changes with --allow_changes; they are written down")
+                            "it had, or accept the changes with --allow_changes; they are written down. Or begin "
+                            f"anew: name another --out, or remove {out}")
         for sentence in changed:
             say(f"accepted: {sentence}")
         return record, changed
@@ -260,9 +262,11 @@ class RunDirectory:
 
         Returns the rows of results.json: the checkpoint's, and that of its own evaluation if it was made.
         """
-        step = state.get("global_step", 0)
+        step, fresh = state.get("global_step", 0), not self.lock
         self.out.mkdir(parents=True, exist_ok=True)
         self._take()
+        if fresh and (self.out / "config.json").exists():  # while this one loaded its weights
+            raise UserError(f"--out {self.out}: another run has begun in it; name another directory")
         clear_leftovers(self.out)
         for damaged in [path for path in self._checkpoints() if int(path.name) > step]:
             shutil.rmtree(damaged)
@@ -341,11 +345,19 @@ def model_digest(path):
 
 
 def code_digest():
-    """{"project": digest of the files that a run executes, "torch": version, "transformers": version}."""
-    total = hashlib.sha256()
-    for file in sorted([*CODE.glob("*.py"), *CODE.glob("support/*.py")]):
-        total.update(file.read_bytes())
-    return {"project": total.hexdigest()[:16], "torch": torch.__version__, "transformers": transformers.__version__}
+    """{file: digest of its code, comments aside} of currreft.py and all of this project that it imports; versions."""
+    found = {f"{library.__name__} {library.__version__}": "" for library in (torch, transformers)}
+    todo = ["currreft.py"]
+    for name in todo:  # which grows meanwhile
+        tree = ast.parse((CODE / name).read_bytes())
+        found[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{name}" for name in modules)]
+            files = {f"{module.replace('.', '/')}.py" for module in modules}
+            todo += sorted(file for file in files - {*todo} if (CODE / file).exists())
+    return found
 
 
 def differences(before, now):

@@ -1,5 +1,7 @@
 """An image with boxes over it, drawn with Pillow."""
 
+from pathlib import Path
+
 from PIL import Image, ImageDraw
 
 from support.images import load_image
@@ -28,3 +30,10 @@ def view(path, size, boxes):
             inside = [min(max(side, 0), most) for side, most in zip(corners, last * 2)]
             pen.rectangle(inside, outline="white" if rim else color, width=grow + rim)
     return image
+
+
+def save_picture(image, out):
+    """Write a picture as PNG, in a directory that need not be there yet; returns its path."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    image.save(out, "PNG")
+    return Path(out)

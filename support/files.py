@@ -1,5 +1,6 @@
 """Files that are whole or not there: written aside, synced, renamed, and known by a digest when read again."""
 
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,9 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some network disks sync no directory
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
 
@@ -119,12 +123,12 @@ def read_record(path):
         raise UserError(f"{path} cannot be read: it is damaged or was edited ({reason})") from error
 
 
-def read_jsonl(path):
-    """The complete rows of a JSONL file of this program's, whose writer may have been killed in a line."""
+def read_jsonl(path, *names):
+    """The complete rows, all of which have `names`, of a JSONL file whose writer may have been killed in a line."""
     rows = []
     for line in Path(path).read_text("utf-8", "replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= {*names}]

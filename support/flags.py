@@ -18,7 +18,8 @@ BOUNDS = {  # field -> (least, most), both allowed; what it costs in memory is t
     "lr": RATE, "beta": (0, 1000), "epsilon": (1e-6, 0.999), "partial_credit": SHARE,
     "sft_lr": RATE, "sft_batch": COUNT, "reject_samples": COUNT, "reject_threshold": (0, 100),
     "micro_batch": COUNT, "max_rows": COUNT, "timeout_minutes": (0.01, 10**5),
-    "save_every": (1, 10**9), "eval_limit": (0, 10**9), "samples": COUNT, "top_p": (1e-6, 1)}
+    "save_every": (1, 10**9), "eval_limit": (0, 10**9), "samples": COUNT, "top_p": (1e-6, 1),
+    "ranks": COUNT, "prompt_length": COUNT}
 CHOICES = {"reference": ("stage", "base"), "lr_schedule": ("cosine", "constant"),
            "report_to": ("", "tensorboard", "wandb"), "dtype": ("auto", "bfloat16", "float32")}
 

@@ -14,6 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: it stays ignored, here and in the ranks
+        sys.argv[1:1] = ["--signals_to_handle", "SIGTERM,SIGINT,SIGQUIT"]
     os.environ["LAUNCHER"] = str(os.getpid())  # so that a rank knows whose child it is
     try:
         main()

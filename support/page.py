@@ -7,7 +7,6 @@ lengths are in final pixels. Text may be a model's: it is cleaned, wrapped and c
 import bisect
 import functools
 import unicodedata
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -90,10 +89,3 @@ class Page:
         """The page at its final size, down to `height`."""
         image = self.image.reduce(OVERSAMPLE)
         return image.crop((0, 0, image.width, min(image.height, round(height or image.height))))
-
-
-def save_picture(image, out):
-    """Write a picture as PNG, in a directory that need not be there yet; returns its path."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    image.save(out, "PNG")
-    return Path(out)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support.base import first_line
-from support.words import RunError, UserError
+from support.words import RunError, UserError, last_words
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -54,7 +54,7 @@ def join_ranks(timeout_minutes):
                     " Over several nodes, set GLOO_SOCKET_IFNAME to the interface of the network "
                     "between them (ip addr lists it): a host's name often resolves to the host "
                     "itself" if ranks > here else "")) from error
-    end_with_launcher(signal.SIGHUP)  # from here on there is something to save
+    end_with_launcher(signal.SIGTERM)  # from here on there is something to save; nohup ignores SIGHUP
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -114,7 +114,7 @@ def leave(sentence, code):
     if rank != "0":
         time.sleep(1)  # rank 0 says what all of them found; another speaks if it outlives rank 0
     who = "currreft" if rank == "0" else f"currreft (rank {rank})"
-    print(f"{who}: {sentence}", file=sys.stderr, flush=True)
+    last_words(f"{who}: {sentence}")
     if dist.is_initialized() and world()[1] > 1:
         os._exit(code)
     sys.exit(code)

@@ -3,7 +3,7 @@
 SIGINT (Ctrl-C), SIGHUP (the terminal was closed), SIGTERM (a scheduler, torchrun) and the warnings of batch
 systems are one thing: what cannot be cut is finished (a step, a checkpoint), everything is saved, one
 sentence is said, and the exit code is 128 + the signal's number, on all ranks, whichever of them it reached.
-A second one ends the process at once. A rank whose torchrun is gone ends as if the terminal had been closed.
+A second one ends the process at once. A rank whose torchrun is gone gets SIGTERM.
 """
 
 import os

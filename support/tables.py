@@ -39,7 +39,7 @@ def read_results(run):
     return read_record(file)["rows"]
 
 
-def table(results, width=120):
+def table(results, width=80):
     """{run: its rows of results} as text: a line a row, a column each split and task: "43 ±7".
 
     That is accuracy in % and half its 95 % Wilson interval; n in the heading counts the questions.

@@ -30,6 +30,14 @@ def say(text):
         tqdm.write(text, file=sys.stderr)
 
 
+def last_words(text):
+    """Say how a program ends, on a line of its own; in the log, too, where stdout alone goes into one."""
+    for bar in list(tqdm._instances):
+        bar.close()  # else its line goes on with the sentence, and it is drawn again below
+    for stream in [sys.stderr] + [sys.stdout] * (sys.stderr.isatty() and not sys.stdout.isatty()):
+        print(text, file=stream, flush=True)
+
+
 def one_line(text, limit=300):
     """Model text made safe and short for a terminal: no control characters, no line breaks."""
     return "".join(c if c.isprintable() else " " for c in text[:limit]) + ("..." if len(text) > limit else "")
@@ -96,7 +104,7 @@ def command(main):
             except (UserError, OSError) as error:
                 file = Path(main.__code__.co_filename)
                 name = file.stem if file.stem != "__main__" else file.parent.name
-                print(f"{name}: {error}", file=sys.stderr)
+                last_words(f"{name}: {error}")
                 return 1 if isinstance(error, RunError) else 2
             except KeyboardInterrupt:
                 return 130

@@ -115,7 +115,8 @@ record, judge, judged = currreft.Run.record, sample.Rules.__call__, []
 def end(run):
     if "raise" in kill:
         raise OSError(kill["raise"])
-    os.kill(os.getppid() if "parent" in kill else os.getpid(), int(kill.get("signal", signal.SIGKILL)))
+    who = 0 if "group" in kill else os.getppid() if "parent" in kill else os.getpid()  # 0: all processes
+    os.kill(who, int(kill.get("signal", signal.SIGKILL)))
 def record_and_end(self, *args):
     stopping = record(self, *args)
     if self.global_step == int(kill.get("step", -1)) and self.rank == int(kill.get("rank", 0)):
@@ -132,7 +133,7 @@ currreft.main()
 
 
 def start(folder, arguments, ranks=1, kill=""):
-    """A process, or as many under torchrun; kill: "step=3 rank=1 signal=15 parent=1", "judged=3", "raise=words"."""
+    """A process, or as many under torchrun; kill: "step=3 rank=1 signal=15 parent=1 (group=1)", "judged=3", "raise=words"."""
     script = folder / "program.py"
     script.write_text(PROGRAM.format(root=str(HERE.parent), tests=str(HERE)))
     launcher = [sys.executable] if ranks == 1 else [

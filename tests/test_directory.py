@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,8 @@ import torch
 import currreft
 from currreft import main
 from runs import after_step, arguments, begun, letters, outcome, refused
-from support.directory import RunDirectory, digests
-from support.files import Digested, digest, joined
+from support.directory import RunDirectory, code_digest, differences, digests
+from support.files import Digested, digest, joined, sync
 from support.signals import Stopped, ending, signals
 from support.tiny import tiny_checkpoint, tiny_image
 from support.words import RunError
@@ -115,8 +116,8 @@ def test_another_base_setting_or_code_is_named(killed, base, tmp_path, monkeypat
     assert "--reject_samples was 2, is 3" in refused(capsys, [*resume, "--reject_samples", "3"])
     assert "--seed was 0, is 1" in refused(capsys, [*resume, "--seed", "1"])
     with monkeypatch.context() as patch:
-        patch.setattr("support.directory.code_digest", lambda: {"project": "of a fork"})
-        assert "code: project has changed" in refused(capsys, resume)
+        patch.setattr("support.directory.code_digest", lambda: code_digest() | {"packed.py": "of a fork"})
+        assert "code: packed.py has changed\n" in refused(capsys, resume)
     tiny_checkpoint(model, seed=1)
     assert "model: model.safetensors has changed" in refused(capsys, resume)
     for harmless in (["--micro_batch", "2"], ["--judge_model", "x"], ["--save_every", "3"]):
@@ -136,6 +137,30 @@ def test_a_finished_stage_is_known_by_what_it_was(undisturbed, base, tmp_path, c
         main([*resume[:-len(stages)], "binary:4", "reject:3", "sft:1"])
         assert [row["name"] for row in outcome(out)["results"]] == ["base", "1-binary", "2-reject", "3-sft"]
         assert len(outcome(out)["metrics"]) == 8
+
+
+def test_code_is_what_a_run_executes(tmp_path, monkeypatch):
+    """A comment, a file that nothing imports: no change. What is imported on the way: one, by its name."""
+    monkeypatch.setattr("support.directory.CODE", tmp_path)
+    (tmp_path / "support").mkdir()
+    for name, text in (("currreft", "from support import ranks\nimport os"), ("support/ranks", "def f():\n    import rows"),
+                       ("rows", "x = 1"), ("scratch", "x = ")):
+        (tmp_path / f"{name}.py").write_text(text)
+    before = code_digest()
+    (tmp_path / "scratch.py").unlink()
+    (tmp_path / "rows.py").write_text("x = 1  # one\n")
+    assert code_digest() == before and any(name.startswith("torch ") for name in before)
+    (tmp_path / "rows.py").write_text("x = 2")
+    assert differences({"made_of": {"code": before}}, {"made_of": {"code": code_digest()}}) == [
+        "code: rows.py has changed"]
+
+
+def test_stages_of_rejection_sampling_have_their_own_seeds(base, tmp_path, monkeypatch):
+    sample, seeds = currreft.rejection_sample, []
+    monkeypatch.setattr(currreft, "rejection_sample", lambda *args, seed, **more: (
+        seeds.append(seed), sample(*args, seed=seed, **more))[1])
+    main(arguments(base, tmp_path / "run", "--stages", "reject:1", "reject:1"))
+    assert seeds == [currreft.seed_from(0, 0), currreft.seed_from(0, 1)]
 
 
 # ---- Whole or not at all ----
@@ -270,6 +295,14 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_the_last_checkpoint(base, un
     assert outcome(out) == undisturbed[1]
 
 
+@pytest.mark.parametrize("code, path", [(22, None), (22, "a.json"), (28, "a.json"), (5, "")])
+def test_a_disk_that_syncs_no_directories_will_do_and_other_errors_name_the_file(code, path, tmp_path, monkeypatch):
+    (tmp_path / "a.json").touch()
+    monkeypatch.setattr("os.fsync", mock.Mock(side_effect=OSError(code, "no")))
+    with pytest.raises(OSError, match=str(tmp_path / (path or ""))) if path is not None else nullcontext():
+        sync(tmp_path / (path or ""))
+
+
 def test_a_signal_whose_save_failed_does_not_say_that_everything_is_saved(monkeypatch):
     monkeypatch.setattr(signals, "number", signal.SIGTERM)
     assert ending(RunError("it could not be written"), True) == ("stopped by SIGTERM; it could not be written", 143)
@@ -286,7 +319,7 @@ def test_weights_that_are_not_finite_are_never_saved(base, tmp_path, capsys):
     assert not list((tmp_path / "run").glob("stages/*"))
 
 
-def test_a_directory_has_one_run_at_a_time(killed, base, tmp_path, capsys):
+def test_a_directory_has_one_run_at_a_time(killed, base, tmp_path, monkeypatch, capsys):
     """Whoever starts the second one, fresh or resumed; no lock outlives its process."""
     resume, fresh = resumable(killed, base, tmp_path), arguments(base, tmp_path / "new", *STAGES)
     said = []
@@ -298,7 +331,15 @@ def test_a_directory_has_one_run_at_a_time(killed, base, tmp_path, capsys):
     with holder:
         holder._take()
         assert "another process runs in it" in refused(capsys, fresh)
-    main([*fresh, "--stages", "binary:1"])
+    load = currreft.Run.load_weights
+
+    def meanwhile(run, path):  # another one is begun, and ends, while this one loads its weights
+        monkeypatch.undo()
+        main([*fresh, "--stages", "binary:1"])
+        load(run, path)
+    monkeypatch.setattr(currreft.Run, "load_weights", meanwhile)
+    assert "another run has begun in it" in refused(capsys, fresh)
+    assert len(outcome(tmp_path / "new")["metrics"]) == 1
 
 
 # ---- What a person looks for first ----

@@ -1,16 +1,16 @@
 """Real processes: ranks, kills, signals, terminals. Whatever ends a run, it says one sentence and loses nothing."""
 
-import re
+import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from runs import HERE, PROGRAM, approximately, arguments, assert_near, launch, metrics, outcome
+from runs import HERE, PROGRAM, approximately, arguments, assert_near, launch, metrics, outcome, start
 
 from support.directory import RunDirectory
-from tools import attack
 
 STAGES = ["--stages", "binary:4", "reject:3", "--save_every", "2"]
 pytestmark = pytest.mark.slow
@@ -117,8 +117,29 @@ def test_a_run_is_not_upset_by_its_terminal(shell, uninterrupted, base, tmp_path
     assert outcome(tmp_path / "run") == outcome(uninterrupted[1])
 
 
-def test_kills_at_random_moments_lose_nothing(capsys):
-    """Seeded; the same command kills as often as one wants, with one rank or two."""
-    assert attack.main(["--kills", "4", "--runs", "1", "--seed", "1"]) == 0
-    lives, = re.findall(r"run 0: ([0-9]+) lives, the same", capsys.readouterr().out)
-    assert int(lives) >= 2
+def test_kills_at_random_moments_lose_nothing(uninterrupted, base, tmp_path):
+    """KILLS=30 kills, or ends by another signal, as many lives."""
+    rng, kills, out = random.Random(1), int(os.environ.get("KILLS", 4)), tmp_path / "run"
+    for life in range(kills + 1):
+        resume = ["--resume"] * (out / "config.json").exists()
+        process = start(tmp_path, arguments(base, out, *STAGES, "--save_every", "1", *resume), rng.choice((1, 2)))
+        number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) if life < kills else None
+        if number:
+            time.sleep(rng.uniform(3, 9))
+            os.killpg(process.pid, number)  # a zombie, too, has an id
+        said = process.communicate(timeout=300)[1]
+        assert "Traceback" not in said and process.returncode != 2 and (number or process.returncode == 0), said
+        if process.returncode == 0:
+            break
+    assert [approximately(row) for row in metrics(uninterrupted[1])] == metrics(out)
+
+
+def test_a_lost_connection_does_not_end_a_run_under_nohup(uninterrupted, base, tmp_path):
+    run = arguments(base, tmp_path / "run", *STAGES)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        code, said = launch(tmp_path, run, 2, f"step=3 group=1 signal={signal.SIGHUP.value}")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0, said[-3000:]
+    assert outcome(tmp_path / "run") == outcome(uninterrupted[2])

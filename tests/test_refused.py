@@ -15,6 +15,7 @@ import sample
 from support.flags import check_values, parse
 from support.tiny import tiny_image, write_jsonl
 from support.words import UserError
+from tools import memory
 
 
 def run_refused(capsys, *arguments):
@@ -46,6 +47,11 @@ def test_a_flag(flag, capsys):
 def test_a_flag_of_sample(flag, capsys):
     said = refused(capsys, ["answer", "--model", "x", "--question", "?", flag], program=sample.main)
     assert flag.split("=")[0] in said
+
+
+@pytest.mark.parametrize("flag", ["--ranks=0", "--ranks=-1", "--prompt_length=-5"])
+def test_a_flag_of_the_estimate(flag, capsys):
+    assert flag.split("=")[0] in refused(capsys, [flag], program=memory.main)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from rewards import Example, is_correct
 from sample import Rules, evaluate, kept_examples, main, pass_at_k, question_keys, rejection_sample, summarize
 from support.files import sealed
 from support.rows import find_files
-from support.tiny import tiny_checkpoint, tiny_data
+from support.tiny import tiny_checkpoint, tiny_data, tiny_image
 from support.words import RunError, UserError
 
 RIGHT, WRONG = "<think>1 + 1 = 2</think><answer>2</answer>", "<think>hm</think><answer>3</answer>"
@@ -232,8 +233,24 @@ def test_evaluate_takes_the_form_from_the_files_name(world, tmp_path, capsys):
     assert "pass@2" in capsys.readouterr().out
 
 
+def test_evaluate_takes_a_run_and_a_data_directory_and_writes_beside_the_run(world, tmp_path):
+    _, _, checkpoint, tests, _ = world
+    for name in ("2-open", "10-sft"):
+        shutil.copytree(checkpoint, tmp_path / "run" / "stages" / name)
+    (tmp_path / "run" / "stages" / "2-open" / "model.safetensors").unlink()  # the last one is asked
+    data = tests[0].where.split("grpo_data")[0]
+    main(["evaluate", "--model", str(tmp_path / "run"), "--data", data, "--max_completion_length", "4"])
+    rows = rows_of(tmp_path / "run" / "predictions.jsonl")
+    assert {row["split"] for row in rows} == {*find_files(data)["test"]} and len(rows) == len(tests)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["evaluate", "--model", "nowhere-at-all/x/y", "--data", "nothing.jsonl"], "nowhere"),
+    (["answer", "--model", "x", "--question", "?", "--image", "none.png"], "none.png"),
+    (["answer", "--model", "x", "--question", "?", "--image", "strip.png"], "9000 x 50"),
+    (["evaluate", "--model", "x", "--data", "x", "--device", "cuda"], "--device"),  # a GPU is taken if there is one
     (["answer", "--model", "x"], "--question"), (["dance"], "invalid choice")])
-def test_mistakes_are_sentences(argv, words, capsys):
+def test_mistakes_are_sentences(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_image(tmp_path / "strip.png", (9000, 50))
     assert words in refused(capsys, argv, program=main)

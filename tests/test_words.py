@@ -9,13 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 from runs import arguments, begun, letters, refused
+from tqdm import tqdm
 
 import currreft
 from currreft import main
 from rewards import Example, accuracy_reward, safe_reward
 from support.tiny import write_jsonl
 from support.warnings import Watch
-from support.words import RunError, UserError, command, one_line, say, terminal
+from support.words import RunError, UserError, command, last_words, one_line, say, terminal
 
 TRAIN = "grpo_data/train/judge.jsonl"
 
@@ -28,6 +29,18 @@ def test_one_way_to_the_terminal_makes_everything_safe(capsys):
     out, err = capsys.readouterr()
     assert out == "a?[2J?b?31m?c\td\n" and err == "?]0;title? said\n\r 50 %"
     assert one_line("a\nb\x1b") == "a b "
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_last_words_have_a_line_and_are_in_the_log(logged, monkeypatch):
+    screen, log = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", log if logged else screen)
+    bar = tqdm(total=9, file=screen)
+    last_words("currreft: stopped")
+    del bar
+    assert screen.getvalue().endswith("\ncurrreft: stopped\n") and log.getvalue() == "currreft: stopped\n" * logged
 
 
 def test_a_closed_pipe_or_no_stream_ends_nothing(monkeypatch):

@@ -10,6 +10,7 @@ import sys
 from transformers import Qwen2_5_VLConfig
 
 from currreft import parse_args
+from support.flags import check_values
 from support.memory import OVERHEAD, host_needed, memory_needed
 from support.words import command
 
@@ -50,6 +51,7 @@ def main(argv=None):
     parser.add_argument("--prompt_length", type=int, help="tokens of the longest prompt")
     given = sys.argv[1:] if argv is None else argv
     args, flags = parser.parse_known_args(given)
+    check_values(vars(args))
     cards = [(args.size, args.ranks, "?", " ".join(flags))] if given else CARDS
     print(f"GiB per GPU; up to {OVERHEAD / 2**30:.1f} more for CUDA itself and captured steps\n")
     for number, (size, ranks, card, flags) in enumerate(cards):

@@ -25,10 +25,10 @@ from data import load_data, refuse_long_prompts
 from packed import token_logps
 from rewards import TASKS
 from support.answers import parse_boxes, truth_of
-from support.drawing import view
+from support.drawing import save_picture, view
 from support.files import read_jsonl, read_record
 from support.page import (
-    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, save_picture, text_width)
+    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, printable, text_width)
 from support.words import UserError, command, say
 
 PAGE_WIDTH, LEFT, SIZE = 1280, 330, 15  # of the page, of its left column, of text
@@ -73,7 +73,8 @@ def recorded(folder, data=None):
 def steps_at_hand(run):
     """{step: (its row of metrics.jsonl, the weights before it)} of RL steps that can be taken."""
     found, file = {}, run.directory.out / "metrics.jsonl"
-    for row in read_jsonl(file) if file.exists() else ():
+    names = "step", "stage_index", "stage_step", "reward"
+    for row in read_jsonl(file, *names) if file.exists() else ():
         stage = run.cfg.curriculum[row["stage_index"]]
         path = run.directory.checkpoint(row["step"] - 1)
         if row["stage_step"] == 1:

@@ -4,7 +4,7 @@
     python -m tools.pictures curves RUN --metric kl  # RUN/curves.png: a metric against the step
     python -m tools.pictures curves A B --out x.png  # one line a run (default: A/compared.png)
     python -m tools.pictures table A B               # accuracies in % with 95 % intervals
-    python -m tools.pictures examples DIR -n 12      # DIR/sheet.png: rows as a run trains on them
+    python -m tools.pictures examples DIR            # DIR/sheet.png: rows as a run trains on them
 
 Boxes are in pixels of the image as the model sees it.
 """
@@ -18,20 +18,21 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data import load_examples, training_forms
-from forms import derive_all
+from data import training_forms
 from rewards import FORMS, TASKS
 from support.answers import extract_answer, parse_boxes, truth_of
-from support.drawing import VIEW_SIDE, view
+from support.drawing import VIEW_SIDE, save_picture, view
 from support.files import read_jsonl
 from support.page import (
-    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, save_picture, text_width)
+    BLUE, GREEN, GREY, INK, LINE, OVERSAMPLE, RED, Page, pale, text_width)
 from support.rows import find_files
 from support.tables import read_results, results_table, run_names
 from support.words import UserError, command
 
 PALETTE = (BLUE, "#e07b00", "#159a72", "#8a56b8", "#c93a6b", "#7a6a1c", "#2ba3c7", "#5b6470")
 CHART = (1100, 620)  # width and height
+ROWS_SHOWN = 12
+PREDICTED = "problem solution answer completion correct image size task form split".split()
 TILE, PAD = VIEW_SIDE // OVERSAMPLE, 14  # width of a tile, and the space around it
 
 
@@ -136,7 +137,7 @@ def read_metrics(run):
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         raise UserError(f"there is no {file}; is {run} the directory of a run?")
-    if not (rows := read_jsonl(file)):
+    if not (rows := read_jsonl(file, "step", "stage", "stage_index")):
         raise UserError(f"{file} holds no finished step yet")
     return rows
 
@@ -164,19 +165,18 @@ def running_mean(points, window):
     return means
 
 
-def curves(runs, out=None, metric=None, smooth=None, title=""):
+def curves(runs, out=None, metric=None):
     """A metric against the step, one line a run, saved as a picture; returns its path.
 
     out: by default beside the first run's log. metric: by default the reward, or the loss where
-    none is logged. Faint: every step. Strong: the mean of `smooth` steps (by default a twentieth of
-    the longest run), which never mixes two stages. UserError where a run never logged the metric.
+    none is logged. Faint: every step. Strong: the mean of a twentieth of the longest run's steps,
+    which never mixes two stages. UserError where a run never logged the metric.
     """
     out = out or Path(runs[0]) / ("curves.png" if len(runs) == 1 else "compared.png")
     logs = dict(zip(run_names(runs), map(read_metrics, runs)))
     rewarded = any("reward" in row for rows in logs.values() for row in rows)
     metric = metric or ("reward" if rewarded else "loss")
-    window = smooth or max(1, max(map(len, logs.values())) // 20)
-    window += 1 - window % 2  # odd, so that it is centered
+    window = max(map(len, logs.values())) // 20 // 2 * 2 + 1  # odd, so that it is centered
     faint, strong, bands = {}, {}, {}
     for name, rows in logs.items():
         faint[name], strong[name], bands[name] = [], [], []
@@ -191,7 +191,7 @@ def curves(runs, out=None, metric=None, smooth=None, title=""):
             raise UserError(f"run {name} never logged a number for {metric!r}; it logged {known}")
     first, *others = bands.values()
     note = f"{metric}; strong: mean of {window} steps" if window > 1 else metric
-    return line_chart(strong, out, title or f"{metric} of {' and '.join(logs)}", "step", note,
+    return line_chart(strong, out, f"{metric} of {' and '.join(logs)}", "step", note,
                       first if all(other == first for other in others) else (),
                       faint if window > 1 else None)
 
@@ -255,7 +255,7 @@ def draw_run(run):
     """Draw RUN/curves.png and RUN/sheet.png: 24 answers of the last evaluation; returns paths."""
     paths = [curves([run])]
     if rows := read_results(run):
-        answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl")
+        answers = read_jsonl(Path(run) / "predictions" / f"{rows[-1]['name']}.jsonl", *PREDICTED)
         answers = random.Random(0).sample(answers, min(24, len(answers)))
         paths.append(save_tiles([prediction_tile(row) for row in answers], Path(run) / "sheet.png"))
     return paths
@@ -271,39 +271,18 @@ def example_tile(asked):
     return tile(next(iter(plain.images), None), plain.size, boxes, texts)
 
 
-def training_rows(place, seed, **options):
-    """[[a row as a run trains on it, in each of its forms], ..] of a data directory or file."""
-    if Path(place).is_dir():
-        files = find_files(place)["train"]
-        shown = [form for form in FORMS if files[form] or files["open"]]
-        options["image_root"] = options["image_root"] or place
-        read = training_forms(files, shown, seed, **options).values()
-    else:
-        rows = load_examples(place, **options)
-        plain = [e for e in rows if e.form == "open" and TASKS[e.task].right]
-        read = [*(derive_all(plain, form, seed, True) for form in FORMS[:2] if plain), rows]
-    found = {}
-    for example in itertools.chain(*read):
-        found.setdefault(example.where, []).append(example)
-    return list(found.values())
-
-
 # ---- Command line ----
 
 def draw_examples(args):
-    """A sheet of rows, evenly from the whole file; returns its path."""
-    rows = training_rows(args.data, args.seed, image_root=args.image_root, task=args.task,
-                         skip_bad_rows=args.skip_bad_rows)
-    rows = rows[::max(1, len(rows) // args.n)][:args.n]
-    folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-    return save_tiles([example_tile(asked) for asked in rows], args.out or folder / "sheet.png")
-
-
-def count(text):
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+    """A sheet of rows, evenly from all, in the forms that a run trains on; returns its path."""
+    files, rows = find_files(args.data)["train"], {}
+    shown = [form for form in FORMS if files[form] or files["open"]]
+    forms = training_forms(files, shown, args.seed, image_root=args.image_root or args.data,
+                           task=args.task, skip_bad_rows=True)
+    for example in itertools.chain(*forms.values()):
+        rows.setdefault(example.where, []).append(example)
+    asked = list(rows.values())[::max(1, len(rows) // ROWS_SHOWN)][:ROWS_SHOWN]
+    return save_tiles(list(map(example_tile, asked)), args.out or Path(args.data, "sheet.png"))
 
 
 @command
@@ -322,17 +301,14 @@ def main(argv=None):
         "curves and answers of a finished run", "run", metavar="RUN")
     add("table", lambda args: results_table(args.runs),
         "accuracies in %% with 95 %% intervals", "runs", metavar="RUN", nargs="+")
-    curve = add("curves", lambda args: curves(args.runs, args.out, args.metric, args.smooth),
+    curve = add("curves", lambda args: curves(args.runs, args.out, args.metric),
                 "a metric against the step", "runs", metavar="RUN", nargs="+")
     curve("--metric", help="a key of metrics.jsonl (default: reward, or loss where there is none)")
-    curve("--smooth", type=count, help="steps in the mean (default: a twentieth of the run)")
     example = add("examples", draw_examples, "rows as a run trains on them, in their three forms",
-                  "data", metavar="DIR_OR_FILE")
+                  "data", metavar="DIR")
     example("--image_root", help="directory that image paths start from")
     example("--task", nargs="+", default=[], help="task of rows that name none, as the run's")
     example("--seed", type=int, default=0, help="the run's --seed")
-    example("--skip_bad_rows", action="store_true", help="drop and count bad rows")
-    example("-n", type=count, default=12, help="how many rows")
     for option in (curve, example):
         option("--out", help="the picture (default: beside what it shows)")
     args = parser.parse_args(argv)
