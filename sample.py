@@ -315,7 +315,7 @@ def evaluate_files(args):
     if not examples:
         raise UserError(f"--data {' '.join(args.data)} has no test files; name the files themselves")
     out.parent.mkdir(parents=True, exist_ok=True)
-    open(out, "w").close()  # whether it can be written is known before the work
+    open(out, "a").close()  # whether it can be written is known before the work
     temperature = args.temperature if args.samples == 1 else args.temperature or 1.0
     splits, predictions = evaluate(model, processor, examples, samples=args.samples, temperature=temperature,
                                    top_p=args.top_p, max_completion_length=args.max_completion_length)
