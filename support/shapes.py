@@ -128,9 +128,11 @@ def take_turns(left: dict) -> tuple[list, list]:
         if text and text in asked:
             del left[other]
     earlier, system = left.pop("history", []), left.pop("system", None) or left.pop("system_prompt", None)
-    if all(isinstance(turn, dict) for turn in earlier):
-        earlier, turns = [], read_turns(earlier, "history")[0] + turns
-    if not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in earlier):
+    if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
+        before, shown = read_turns(earlier, "history")
+        earlier, turns, names = [], before + turns, shown + names
+    if not (isinstance(earlier, list) and all(isinstance(pair, list) and [*map(type, pair)] == [str, str]
+                                              for pair in earlier)):
         raise UserError('its "history" must be a list of [question, answer].')
     turns = [turn for pair in earlier for turn in zip(("user", "assistant"), pair)] + turns
     if system:
@@ -274,6 +276,7 @@ def said_in(short: str, text: str) -> bool:
 
 def most_frequent(answers) -> str:
     """Of a list of acceptable answers the one that most people gave."""
+    answers = answers if isinstance(answers, list) else [answers]
     texts = [item.get("answer") if isinstance(item, dict) else item for item in answers]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError('its "answers" are no list of texts; keep the one that is right, as "answer".')

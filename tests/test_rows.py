@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import pytest
 from runs import load_rows
@@ -11,6 +12,7 @@ from data import load_data, load_examples, taught
 from rewards import TASKS, accuracy_reward
 from support.answers import truth_of
 from support.rows import declared_tasks, find_files, read_rows
+from support.shapes import CONTEXTS, IMAGES, PROBLEMS, SOLUTIONS, TURNS, one_row, option_styles
 from support.tiny import tiny_data, tiny_image, write_jsonl
 from support.warnings import text_only_truths
 from support.words import UserError
@@ -273,6 +275,23 @@ def test_what_would_be_misread_is_a_sentence_with_file_and_line(root, fields, wo
     with pytest.raises(UserError) as error:
         load_rows(root, row)
     assert f"{root / 'rows.jsonl'}:" in str(error.value) and words in str(error.value)
+
+
+def test_no_row_of_any_columns_raises_anything_else():
+    rng, values = random.Random(0), [
+        0, 1, 2.5, True, 1e999, float("nan"), "", "a b?", "A", "1", "['a', 'b']", "{'A': 'x'}", "[1", "[[" * 900, "(" * 900,
+        "<image 2>", [], ["a"], ["a", "b"], [1, 2], [["a", "b"]], [None, "a"], {}, {"A": "x", "B": "y"}, {"text": ["a"]},
+        [turn("user", "q")], [turn("user", "q"), turn("assistant", "a")], [{"from": "human", "value": None}],
+        {"ground_truth": None}, [{"answer": "x"}], "\\boxed{" * 50]
+    columns = [*PROBLEMS, *SOLUTIONS, *TURNS, *CONTEXTS, *IMAGES, "options", "A", "B", "history", "system", "task", "form",
+               "reward_model", "image_1", "image_2", "image_id"]
+    for _ in range(5000):
+        row = {name: rng.choice(values) for name in rng.sample(columns, rng.randrange(1, 7))}
+        for read in (one_row, lambda row: option_styles([row])):
+            try:
+                read(row)
+            except UserError:
+                pass
 
 
 def test_marked_boxes_of_any_task_are_converted_and_others_counted(root, capsys):
