@@ -24,6 +24,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -349,15 +350,21 @@ def code_digest():
     found = {f"{library.__name__} {library.__version__}": "" for library in (torch, transformers)}
     todo = ["currreft.py"]
     for name in todo:  # which grows meanwhile
-        tree = ast.parse((CODE / name).read_bytes())
-        found[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
-        for node in ast.walk(tree):
-            modules = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
-            if isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module, *(f"{node.module}.{name}" for name in modules)]
-            files = {f"{module.replace('.', '/')}.py" for module in modules}
-            todo += sorted(file for file in files - {*todo} if (CODE / file).exists())
+        found[name], files = code_of((CODE / name).read_bytes())
+        todo += sorted(file for file in files - {*todo} if (CODE / file).exists())
     return found
+
+
+@lru_cache(None)
+def code_of(source):
+    """(digest of a program without its comments, names that files of what it imports would have)."""
+    tree, files = ast.parse(source), set()
+    for node in ast.walk(tree):
+        modules = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module, *(f"{node.module}.{name}" for name in modules)]
+        files |= {f"{module.replace('.', '/')}.py" for module in modules}
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], files
 
 
 def differences(before, now):
