@@ -24,6 +24,7 @@ def model():
 SHAPE = {"B": 2, "G": 2, "P": 40, "C": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, figures", [
     ("--prompts", {"once s", "copied / once", "cache ratio"}),
     ("--against=generate", {"engine tok/s", "generate / engine", "greedy tokens alike"})])

@@ -197,6 +197,7 @@ class Pretended:
             raise errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--offload", "--updates_per_rollout", "2", "--epsilon", "0.01")])
 def test_two_ranks_take_the_steps_of_one(base, learnable, tmp_path, monkeypatch, extra):
     """Images on one rank alone, answers of other lengths, gradients that are clipped: each must be summed first."""
