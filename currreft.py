@@ -567,6 +567,9 @@ def begin(cfg):
     transformers.logging.set_verbosity_error()  # what its warnings speak of is checked when a model is loaded
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
     device = join_ranks(cfg.timeout_minutes)
+    if device.type == "cpu":  # else threads add up the gradients of what is read twice in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     for name, size in (("prompts_per_step", cfg.prompts_per_step), ("sft_batch", cfg.sft_batch)):
         if size % world()[1]:
             raise UserError(f"--{name} {size} is not a multiple of the {world()[1]} ranks")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The pipeline, narrated.
 #
-#   bash train.sh                                       the demo: about 6 minutes on 2 CPU cores, nothing else needed
+#   bash train.sh                                       the demo: about 8 minutes on 2 CPU cores, nothing else needed
 #   bash train.sh --model .. --data .. --out .. [..]    currreft.py on all GPUs of this machine
 #   bash train.sh ablation [..]                         every row of the paper's ablation (flags of demo/ablation.py)
 #

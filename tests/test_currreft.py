@@ -79,6 +79,7 @@ def test_logged_numbers_are_what_their_names_say(train):
         tasks = [v for k, v in row.items() if k.startswith("reward/accuracy/")]
         assert min(tasks) - 1e-4 <= row["reward/accuracy"] <= max(tasks) + 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9), "the first policy is the reference"
+    assert torch.are_deterministic_algorithms_enabled(), "with two threads no run was another's equal"
 
 
 def test_what_saves_time_or_memory_changes_nothing(train):
