@@ -12,13 +12,13 @@ TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\([a-h]\)|[^\W\d_
                    r"\\(?:times|cdot|div)|(?<![0-9^.A-Za-z])(?<!\^\{)[0-9]+(?:\.[0-9]+)?")
 FILLERS = {*(
     "a an i we us me my it its is are was am be so of to in on at by as or if t s no ok the that this these "
-    "there here now first you they them and but then well okay yes not never let think thought thinking "
-    "guess idea maybe perhaps must should would will can could need have has had does did know see look "
-    "looking find found get give given gives show shown say says said ask asks asked want very easy sure "
-    "clear clearly right correct true answer final result solution solve problem question image picture "
-    "figure chart information carefully analyze analysis consider conclude according all which what how "
-    "many much therefore thus hence since because equal equals make makes after about frac text boxed "
-    "option choose number value for based believe certainly confident obvious with from our").split(),
+    "there here now first you they them and but then well okay yes not never let think thought thinking guess "
+    "idea maybe perhaps must should would will can could need have has had does did know see look looking find "
+    "found get give given gives show shown say says said ask asks asked want very easy sure clear clearly "
+    "right correct true answer final result solution solve problem question image picture figure chart "
+    "information carefully analyze analysis consider conclude according all which what how many much therefore "
+    "thus hence since because equal equals make makes after about frac text boxed option choose number value "
+    "for based believe certainly confident obvious with from our comes means got yields").split(),
     *("的是了在这那个所以因为此答案我们来想一下题目问让仔细考虑思得到出应该选就么图中看可知道不非经过求"
       "很简单易计算明显综上述即故由根据条件正确解")}
 COUNTS = {*("two three four five six seven eight nine ten eleven twelve dozen twice half double times plus "
