@@ -118,7 +118,8 @@ def quality_score(completion, example):
     Reasoning is neither empty (nothing beyond the question, the answer and fillers) nor copied nor
     said over again, and does not end in another value than the answer. Of several the one that says
     more scores higher. Rules see form alone: not whether a reason is true, fits the image, leads to
-    the next one, or was taken from another question that has the same answer.
+    the next one, or was taken from another question that has the same answer, or closes in rare words; nor whether
+    the last words name another answer that is neither a number, a letter nor yes or no.
     """
     thinking = completion.partition("<think>")[2].partition("</think>")[0]
     accuracy = accuracy_reward(completion, example, partial_credit=0.0)

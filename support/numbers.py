@@ -27,7 +27,7 @@ CHARACTERS = str.maketrans({
 SIGNS = {name[:-1]: name[-1] for name in (              # LaTeX's name, then the sign
     "le≤ leq≤ leqslant≤ ge≥ geq≥ geqslant≥ ne≠ neq≠ approx≈ in∈ infty∞ emptyset∅ varnothing∅ cdot* "
     "times* div/ sqrt√ angle∠ triangle△ cup∪ cap∩ degree° vert| lvert| rvert| pm± piπ alphaα betaβ "
-    "gammaγ deltaδ thetaθ lambdaλ muμ rhoρ sigmaσ phiφ omegaω OmegaΩ").split()}
+    "gammaγ deltaδ thetaθ lambdaλ muμ rhoρ sigmaσ phiφ omegaω OmegaΩ parallel∥ perp⊥").split()}
 
 
 def mixed(match):
@@ -48,8 +48,8 @@ SPELLING = [(re.compile(pattern), spelled) for pattern, spelled in (    # in thi
     (rf"\\({'|'.join(SIGNS)})(?![A-Za-z])", lambda match: SIGNS[match[1]]),
     (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"), (r"(?<![A-Za-z\\])[pP]i(?![A-Za-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"(?:\* ?)?(?:\^ ?\{? ?\\circ ?\}?|°)", "°"),
-    (r",? and |和", ", "), (r"\s+", " "), (r" ?([{}]) ?(?![A-Za-z])", r"\1"),
-    (r"\\[dtc]?frac ?([0-9])", r"\\frac{\1}"), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r",? and |和", ", "), (r"(?<=[a-z]) per (?=[a-z])", "/"), (r"\s+", " "), (r" ?([{}]) ?(?![A-Za-z])",
+    r"\1"), (r"\\[dtc]?frac ?([0-9])", r"\\frac{\1}"), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"(?<![\w.,/^{}*)√])([0-9]{1,9})(?: ([0-9]{1,9})/([0-9]{1,9})| ?\\frac\{([0-9]{1,9})\}"
      r"\{([0-9]{1,9})\})(?![0-9.,√π(]| ?/)", mixed))]
 
@@ -70,9 +70,9 @@ UNITS = {name: row.split()[0] for row in (
     "km kilometer 千米 公里", "in inch inche", "ft foot feet", "yd yard", "mi mile", "g gram 克",
     "nmi nautical_mile 海里", "kg kilogram 千克 公斤", "t ton 吨", "mL ml milliliter 毫升",
     "L l liter litre 升", "lb pound", "s sec second 秒", "min minute 分 分钟", "h hr hour 时 小时",
-    "day 天", "$ dollar", "yuan 元", "€ euro", "% percent percentage pct", "° deg degree 度",
-    "rad radian", "m/s 米/秒", "km/h 公里每小时 公里每小時 千米/时", "unit 个", "J joule 焦", "N newton 牛",
-    "V volt 伏", "W watt 瓦", "Ω ohm 欧", "Pa pascal 帕", "Hz hertz 赫", "mol mole 摩尔", "°C", "°F")
+    "day 天", "$ dollar", "yuan 元", "€ euro", "% percent percentage pct", "° deg degree 度", "°C", "°F",
+    "rad radian", "mol mole 摩尔", "m/s 米/秒 meters/second", "unit 个", "J joule 焦", "N newton 牛", "V volt 伏",
+    "km/h 公里每小时 公里每小時 千米/时 kilometers/hour km/hour", "W watt 瓦", "Ω ohm 欧", "Pa pascal 帕", "Hz hertz 赫")
     for name in row.split()}
 PREFIXED = re.compile(r"[kMmμ](?:J|N|V|W|A|Ω|Pa|Hz|eV|mol|cal)")
 UNIT = re.compile(r"(square |sq |cubic |平方|立方)?((?:nautical )?[A-Za-zΩμ]+(?:/[A-Za-z]+)?|° ?[CF]|"

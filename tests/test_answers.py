@@ -29,6 +29,7 @@ RIGHT = r"""
 2√{2}-2 <- 2√2 - 2 | -2+2√2 | 0.83 | 2(\sqrt{2} - 1)
 2500 <- 2.5e3 | 2.5E+3 | 2.5 \times 10^{3} | 25 × 10² ;; 0.0025 <- 2.5e-3 ;; 1e5 <- 100,000 | 10^5
 6.63 \times 10^{-34} <- 6.63e-34 ;; 10米 <- 10 | 10 m | 10 meters | 10.0
+12 km/h <- 12 kilometers per hour | 12 km per hour ;; 5 m/s <- 5 meters per second ;; AB \perp CD <- AB⊥CD
 (√{3}+1)小时 <- √3 + 1 | 1+\sqrt{3} | 2.73 | (√3+1) hours ;; 16π平方米 <- 16π | 16\pi m^2
 15海里 <- 15 | 15 nautical miles ;; 900 毫升 <- 900 mL ;; 20 J <- 20 | 20J
 37°C <- 37 | 37℃ | 37^\circ\mathrm{C} ;; 100 kPa <- 100 ;; 5 \mathrm{~cm} <- 5 | 5cm | 5 centimeters
@@ -61,6 +62,7 @@ WRONG = r"""
 \frac{\sqrt{3}}{2} <- 1/2√3 | 3/2√3 ;; 1000 <- 10^{-3} | 10^3^1 | 3^10 ;; 3 million <- 3 | 3 billion
 3万 <- 3 ;; 30 <- 30 rad | 30 km^3 | 30 m/s | 30 bananas | 30 x | 30 cubic units
 5 cm <- 5 m | 5 cm^2 | 5 kg ;; 100 kPa <- 100 Pa ;; 12 cm^2 <- 12 cm | 12 cm^3 ;; $5 <- 5 € | 5 yuan
+5 m/s <- 5 meters per hour ;; 12 km/h <- 12 km per second
 5 M <- 5 m ;; e <- E ;; x^2 + 1 <- X^2 + 1 | x2+1 ;; (A, B) <- (a, b)
 B <- A | B or C | B. dog, C. cat | \boxed{A} \boxed{B} | β | E'
 A, C <- A | A, B | A, C, D | A or C ;; a/b <- b/a | a, b | ab

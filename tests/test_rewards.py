@@ -176,17 +176,18 @@ STYLES = {
     "LaTeX": lambda steps: "\n".join(rf"\[ {formula} \]" for _, formula in steps),
     "signs": lambda steps: "; ".join(f"${formula}$" for _, formula in steps)}
 CLOSINGS = ("", " So the answer is {}.", " Therefore, it must be {}.", " 答案是{}。",
-r" So \boxed{{{}}}.")
+r" So \boxed{{{}}}.", " Thus the answer: **{}**", " 综上所述，答案为{}。")
 ASSERTIONS = (
     "Let me think about this question carefully. The answer is {}.", "I see that the answer is {}.",
     "I looked at the picture and I am sure that the correct answer is {}.", "It is clearly {}.",
     "We need to find the answer step by step. After careful analysis, the result is {}.",
-    "By inspection, {}.", "让我仔细想一想这个问题，答案是{}。")
+    "By inspection, {}.", "Step 1: understand it. Step 2: the answer is {}.", "让我仔细想一想这个问题，答案是{}。")
 OTHERWISE = {           # question, answer, steps -> what is no derivation
     "copy": lambda rng, q, a, steps: q + rng.choice(CLOSINGS).format(a),
     "copied statement": lambda rng, q, a, steps: re.split("[.，]", q)[0] + "." + CLOSINGS[1].format(
     a), "assertion": lambda rng, q, a, steps: rng.choice(ASSERTIONS).format(a),
     "said twice": lambda rng, q, a, steps: 2 * (STYLES["prose"](steps) + " "),
+    "each step twice": lambda rng, q, a, steps: " ".join(2 * f"{words} " for words, _ in steps),
     "a step again": lambda rng, q, a, steps: 4 * (steps[0][0] + " ") + f"It is {a}.",
     "another ending": lambda rng, q, a, steps: STYLES["prose"](steps) + CLOSINGS[1].format(a + 1),
     "another result": lambda rng, q, a, steps: STYLES["LaTeX"](steps) + CLOSINGS[4].format(a - 2),
@@ -262,7 +263,8 @@ OPTIONS = "Which is a mammal?\nA. shark\nB. dolphin\nC. frog"
     ("yes", "There are no cubes near the left edge.", False),
     ("B", "Sharks are fish, frogs are amphibians. Dolphins nurse their young: option B.", True),
     ("B", "Sharks are fish and frogs are amphibians. So the answer is C.", False),
-    ("red bus", "A red bus stands at the corner.", True), ("red bus", "It is a red bus.", False)])
+    ("red bus", "red bus left", True), ("red bus", "Using the formula, we get red bus.", False),
+    ("red bus", "Behind the cubes stands a red bus.", True), ("red bus", "It is a red bus.", False)])
 def test_quality_of_other_kinds_of_answers(answer, thinking, keep):
     item = example("binary" if answer == "yes" else "open", "general", answer)
     item = replace(item, problem=OPTIONS) if answer == "B" else item
