@@ -289,6 +289,11 @@ def file_of(where: str) -> str:
     return where.rpartition(":")[0]
 
 
+def said_of(example: Example) -> str:
+    """All texts of an example that boxes may stand in."""
+    return "\n".join([*(text for _, text in example.history), example.problem, truth_of(example)])
+
+
 def box_conventions(drafts, sizes: dict, stated: set) -> list[tuple[str, str]]:
     """(why a file is refused, or what is told of it), "" for none, by the boxes of each file; stated: files
     that say how they write them."""
@@ -296,7 +301,7 @@ def box_conventions(drafts, sizes: dict, stated: set) -> list[tuple[str, str]]:
     for draft in drafts:
         size = sizes[draft.images[0]] if draft.images and TASKS[draft.task].resize else None
         if isinstance(size, tuple):
-            found = boxes_in(f"{draft.problem}\n{truth_of(draft)}")
+            found = boxes_in(said_of(draft))
             boxes.setdefault(file_of(draft.where), []).extend((box, size) for box in found)
     return [doubt(found, stated=file in stated, command=f"python -m tools.convert rows {file}")
             for file, found in boxes.items()]

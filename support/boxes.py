@@ -93,15 +93,19 @@ def doubt(boxes, written="xyxy", stated=False, command="") -> tuple[str, str]:
     found = likely(boxes) if boxes else {written: (0, 0)}
     strange, fit = found[written][1], fitting(found)
     others = [name for name in fit if name != written]
-    advice = "".join(f"\n    {command} --boxes {name} .." for name in others)
-    if written not in fit and (strange > stated or len(boxes) >= ENOUGH and not stated):
+    def advice(names):
+        return "".join(f"\n    {command} --boxes {name} .." for name in names)
+    if written not in fit and strange > stated:
         most = len(boxes) - min(found[name][1] for name in fit)
         return (f"Of {len(boxes)} different boxes {strange} do not fit as {written}, and {most} fit as "
-                f"{' or '.join(others)}; a file has one convention, and this one is read by{advice}"), ""
+                f"{' or '.join(others)}; a file has one convention, and this one is read by{advice(others)}"), ""
+    if written not in fit and len(boxes) >= ENOUGH and not stated:  # nothing contradicts: it may be so all the same
+        return (f"{len(boxes)} different boxes fit as {written}, and all in much less room as {' or '.join(others)}; "
+                f"say which they are:{advice([*others, written])}"), ""
     if strange > max(1, 0.1 * len(boxes)):
         return (f"Of {len(boxes)} different boxes {strange} do not fit as {written}, nor do they in another "
                 "way that is known; look at what they are"), ""
     if not stated and others and (len(boxes) >= ENOUGH or written not in fit):
         return "", (f"{len(boxes)} boxes are read as {written}, and fit as {' or '.join(others)}, too; if they are "
-                    f"such:{advice}")
+                    f"such:{advice(others)}")
     return "", ""

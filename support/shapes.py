@@ -16,15 +16,15 @@ import re
 import string
 from collections import Counter
 
-from support.answers import extract_answer, offered_letters, parse_letters
+from support.answers import extract_answer, parse_letters
 from support.images import ENDINGS
 from support.words import UserError
 
 PROBLEMS = ("problem", "question", "query", "instruction", "input", "prompt")  # the first that a row has
 SOLUTIONS = (  # the first that a row has
-    "solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "correct", "correct_option",
-    "correct_choice", "correct_choice_idx", "multiple_choice_answer", "response", "output", "completion", "label",
-    "target", "answers")
+    "solution", "answer", "ground_truth", "correct_answer", "answerKey", "gt_answer", "final_answer", "gt", "correct_option",
+    "correct_choice", "correct_choice_idx", "multiple_choice_answer", "label", "target", "response", "output",
+    "completion", "answers")
 RIVALS = SOLUTIONS[:5]  # each of which is meant as the truth
 TURNS = ("messages", "conversations", "conversation", "message", "prompt")  # as a list of turns, or its JSON
 ROLES = {"human": "user", "gpt": "assistant"} | {x: x for x in ("user", "assistant", "system")}
@@ -79,11 +79,12 @@ def one_row(row, styles=STYLES) -> dict:
         turns = turns[:len(turns) - chat] + [("assistant", take_truth(left, options, styles))]
         chat = False
     *history, (_, problem), (_, solution) = turns
-    if options and all(map(LETTER.fullmatch, options)):
+    if options and all(map(LETTER.fullmatch, options)):  # their texts are said elsewhere
         fuller = [name for name in PROBLEMS if isinstance(left.get(name), str) and problem in left[name]]
-        problem = left.pop(fuller[0]) if fuller else problem
+        problem, options = (left.pop(fuller[0]), []) if fuller else (problem, options)
     problem = "\n".join([*take_contexts(left, problem), problem])
-    if not (len(offered_letters(problem)) >= len(options) and all(text in problem for text in options)):
+    if not all(re.search(rf"(?<![A-Za-z]){letter}[\s.):]*{re.escape(text)}", problem)
+               for letter, text in zip(LETTERS, options)):  # they are not listed in it already
         problem = "\n".join([problem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, options))])
     named = {name: left.pop(name, None) for name in ("task", "form", "box_format")}
     if not all(isinstance(name, str | None) for name in named.values()):
@@ -118,6 +119,8 @@ def take_turns(left: dict) -> tuple[list, list]:
         if {"instruction", "input"} <= {*left}:  # alpaca
             left["instruction"] = f'{left["instruction"]}\n{left.pop("input")}'
         key = next((key for key in PROBLEMS if key in left), PROBLEMS[0])
+        if isinstance(left.get(key), list | dict) and not isinstance(left[key], str):
+            raise UserError(f'its "{key}" is no text: {str(left[key])[:80]}')
         turns, names = [("user", text_of(left, key, PROBLEMS))], []
         del left[key]
     asked = "".join("".join(text.split()) for role, text in turns if role == "user")
@@ -217,7 +220,7 @@ def take_options(left: dict) -> list[str]:
              if ONE_OPTION.fullmatch(name) and (len(name) > 1 or name.isupper())}
     letters = sorted(found, key=found.get)
     if len(found) > 1 and found[letters[0]] in "A01" and not named:
-        named = {letters[0]: read_options([left[name] for name in letters])}
+        named = {letters[0]: read_options({found[name]: left[name] for name in letters})}
     else:
         letters = []
     options = next(iter(named.values()), [])
@@ -234,15 +237,31 @@ def read_options(value) -> list[str]:
     if isinstance(value, str):
         found = [part.strip(" ,;\n") for part in LETTERED.split(value)][1:] or re.split(r"\n|[;|]", value)
         value = found if len(found) > 1 else value
-    if isinstance(value, dict):  # {"A": "a dog"}, {"label": ["A"], "text": ["a dog"]}
-        value = value["text"] if isinstance(value.get("text"), list) else [value[key] for key in sorted(value)]
-    if isinstance(value, list):  # [{"label": "A", "text": "a dog"}]
-        value = [item.get("text") if isinstance(item, dict) else item for item in value]
-        if all(isinstance(item, str | int | float) for item in value) and not names_media(value):
-            texts = [" ".join(str(item).split()) for item in value]
-            own = [LETTERED.match(text) for text in texts]
-            return [text[match.end():] for text, match in zip(texts, own)] if all(own) else texts
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(item.get("label")): item.get("text") for item in value}  # [{"label": "A", "text": "a dog"}]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # {"label": ["A"], "text": ["a dog"]}
+        value = dict(zip(map(str, value.get("label", ())), value["text"]))
+    if isinstance(value, dict):  # {"A": "a dog"}
+        value = {str(key): text for key, text in value.items() if text not in (None, "")}
+        keys, n = sorted(value, key=lambda key: (len(key), key)), len(value)
+        numbered = [str(key + 1) for key in range(n)]
+        if keys in (numbered, [str(key) for key in range(n)], [*LETTERS[:n].lower()], [*LETTERS[:n]]):
+            texts = read_options([value[key] for key in keys])
+            return Numbered(texts) if keys == numbered else texts
+    if isinstance(value, list):
+        texts = [" ".join(str(item).split()) for item in value if item is not None and item == item]
+        own = {text[match.start():match.end()].strip("(.:) "): text[match.end():] for text in texts
+               if (match := LETTERED.match(text))}
+        if len(own) == len(texts) and sorted(own) == [*LETTERS[:len(own)]]:
+            texts = [own[letter] for letter in sorted(own)]
+        sound = all(isinstance(item, str | int | float | None) for item in value) and not names_media(value)
+        if sound and len(texts) != 1 and len(own) in (0, len(texts)):
+            return texts
     raise UserError(f"its options {str(value)[:80]!r} are no list of texts; write them into the question.")
+
+
+class Numbered(list):
+    """Options whose keys are 1, 2, ..: a truth in digits is such a key."""
 
 
 def take_truth(left: dict, options, styles) -> str:
@@ -287,6 +306,8 @@ def named_options(value, options) -> dict[str, str]:
     """{style: letters} of each of STYLES in which a truth names some of the options."""
     if isinstance(value, list):
         parts = [named_options(item, options) for item in value]
+        if len({*map(str, value)}) < len(value):  # [0, 1, 0, 0]
+            return {}
         return {style: ", ".join(part[style] for part in parts) for style in STYLES
                 if all(style in part for part in parts)}
     text = extract_answer(bare(str(value))) or str(value).strip()
@@ -297,7 +318,7 @@ def named_options(value, options) -> dict[str, str]:
     if len(same) == 1:
         found["text"] = LETTERS[same[0]]
     if text.isdecimal() and len(text) < 3 and not isinstance(value, bool):
-        for style, first in (("index", 0), ("number", 1)):
+        for style, first in (("index", 0), ("number", 1))[isinstance(options, Numbered):]:
             if 0 <= int(text) - first < len(options):
                 found[style] = LETTERS[int(text) - first]
     return found

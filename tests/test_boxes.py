@@ -88,6 +88,13 @@ def test_few_or_equal_boxes_are_no_sign_and_one_bad_row_in_forty_is_a_mistake(tm
                                                            for n in range(5))])[0]
 
 
+def test_pixels_in_a_narrow_range_are_asked_for_and_can_be_said():
+    centered = [((400 + n, 400, 600 + 2 * n, 700 + n), (1200, 1200)) for n in range(60)]
+    refused = doubt(centered, command="convert")[0]
+    assert "--boxes thousandths .." in refused and "--boxes xyxy .." in refused
+    assert doubt(centered, stated=True) == ("", "")
+
+
 def test_corners_are_clipped_by_a_pixel_and_no_more():
     assert corners([10, 5, 20.5, 8], (40, 30), "xywh") == [10, 5, 30.5, 13]
     assert corners([-0.6, 5, 40.9, 8], (40, 30)) == [0, 5, 40, 8]

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from data import answer_of, check_text, checked, read_example
+from data import answer_of, check_text, checked, read_example, said_of
 from rewards import TASKS, Example
 from support.answers import BOX, parse_labels
 from support.boxes import CONVENTIONS, boxes_in, corners, doubt, fitting, is_sound, likely
@@ -71,8 +71,11 @@ def settled(args, boxes, usual=None):
     boxes = [(tuple(box), size) for box, size in boxes if is_sound(box)]
     fit = fitting(likely(boxes)) if boxes else ["xyxy"]
     written, command = args.boxes or usual or fit[0], f"python -m tools.convert {args.kind} {args.file}"
-    if refused := doubt(boxes, written, bool(args.boxes), command)[0]:
+    refused, told = doubt(boxes, written, bool(args.boxes), command)
+    if refused:
         raise UserError(f"{args.file}: {refused}")
+    if told:
+        say(f"{args.file}: {told}")
     if not (args.boxes or usual) and len(fit) > 1:
         raise UserError(f"{args.file} does not say how its boxes are written; say it with --boxes "
                         f"{' or '.join(fit[:4])}, as which its {len(boxes)} boxes fit best.")
@@ -409,7 +412,7 @@ def rows_in_pixels(args, faults, left_out):
         with noted(faults, where):
             example = read_example(row, where, root=Path(args.image_root), form=None, tasks=tasks, elsewhere=[])
             size = upright_size(*example.images) if TASKS[example.task].resize else None
-            boxes += [(list(box), size) for box in boxes_in(f"{example.problem}\n{example.solution}") if size]
+            boxes += [(list(box), size) for box in boxes_in(said_of(example)) if size]
             rows.append((example, size))
     args.written = settled(args, boxes)
     for example, size in rows:
@@ -433,12 +436,13 @@ def in_original_pixels(example, size, args):
     def rewrite(box):
         mark, *numbers = box.groups("")
         return f"{mark}{corners([*map(float, numbers)], size, args.written)}"
-    problem, solution = (BOX.sub(rewrite, text) if size else text for text in (example.problem, example.solution))
+    problem, solution, *history = (BOX.sub(rewrite, text) if size else text for text in (
+        example.problem, example.solution, *(text for _, text in example.history)))
     names = [os.path.relpath(path, args.image_root) for path in example.images]
     found = {"images": names, "task": example.task, "form": example.form, "solution": solution}
     found |= {"box_format": "xyxy"} if size else {}
     if example.history:
-        turns = [*example.history, ("user", problem)]
+        turns = [*zip((role for role, _ in example.history), history), ("user", problem)]
         return found | {"messages": [{"role": role, "content": text} for role, text in turns]}
     return found | {"problem": problem}
 
